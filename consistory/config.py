@@ -1,0 +1,185 @@
+"""Every number the library uses: sizes come from a checkpoint's own config files, the method's values from the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+Json = Mapping[str, Any]
+
+
+def _per_level(value: Any, levels: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """An SDXL-like UNet. Tuples have one entry per resolution level, finest first."""
+
+    channels: int  # of the latents
+    widths: tuple[int, ...]
+    blocks: int  # residual blocks a level (the decoder has one more)
+    attended: tuple[bool, ...]  # which levels have attention
+    depths: tuple[int, ...]  # transformer blocks per attention module
+    heads: tuple[int, ...]
+    context_width: int
+    size_features: int  # sinusoidal features of each of the six size ids
+    added_width: int  # pooled width + 6 * size_features
+    groups: int
+    norm_eps: float
+    sample_size: int  # latent height and width the checkpoint was trained at
+    linear_projection: bool  # 1x1 projections around a transformer as linear layers (SDXL) or convolutions
+
+    @classmethod
+    def from_json(cls, d: Json) -> UNetConfig:
+        """From the `config.json` of diffusers' UNet2DConditionModel."""
+        levels = len(d["block_out_channels"])
+        return cls(
+            channels=d["in_channels"],
+            widths=tuple(d["block_out_channels"]),
+            blocks=d["layers_per_block"],
+            attended=tuple(name == "CrossAttnDownBlock2D" for name in d["down_block_types"]),
+            depths=_per_level(d.get("transformer_layers_per_block", 1), levels),
+            # `attention_head_dim` holds the number of heads: a naming slip that every published config shares.
+            heads=_per_level(d.get("num_attention_heads") or d["attention_head_dim"], levels),
+            context_width=d["cross_attention_dim"],
+            size_features=d["addition_time_embed_dim"],
+            added_width=d["projection_class_embeddings_input_dim"],
+            groups=d["norm_num_groups"],
+            norm_eps=d.get("norm_eps", 1e-5),
+            sample_size=d["sample_size"],
+            linear_projection=d.get("use_linear_projection", False),
+        )
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    image_channels: int
+    latent_channels: int
+    widths: tuple[int, ...]  # per level, finest first; each level after the first halves the image
+    blocks: int
+    groups: int
+    scaling_factor: float  # latents = scaling_factor * posterior mean
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent."""
+        return 2 ** (len(self.widths) - 1)
+
+    @classmethod
+    def from_json(cls, d: Json) -> VAEConfig:
+        """From the `config.json` of diffusers' AutoencoderKL."""
+        return cls(
+            image_channels=d["in_channels"],
+            latent_channels=d["latent_channels"],
+            widths=tuple(d["block_out_channels"]),
+            blocks=d["layers_per_block"],
+            groups=d["norm_num_groups"],
+            scaling_factor=d["scaling_factor"],
+        )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    vocabulary: int
+    positions: int
+    width: int
+    hidden: int  # of the feed-forward layers
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" | "gelu"
+    norm_eps: float
+    projection: int | None  # width of the pooled state, or None for an encoder that has no projection
+
+    @classmethod
+    def from_json(cls, d: Json) -> TextConfig:
+        """From the `config.json` of transformers' CLIPTextModel or CLIPTextModelWithProjection."""
+        projects = d.get("architectures") == ["CLIPTextModelWithProjection"]
+        return cls(
+            vocabulary=d["vocab_size"],
+            positions=d["max_position_embeddings"],
+            width=d["hidden_size"],
+            hidden=d["intermediate_size"],
+            layers=d["num_hidden_layers"],
+            heads=d["num_attention_heads"],
+            activation=d["hidden_act"],
+            norm_eps=d.get("layer_norm_eps", 1e-5),
+            projection=d["projection_dim"] if projects else None,
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule the model was trained with, and how sampling strides over it."""
+
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    offset: int = 1  # added to every timestep ("leading" spacing)
+    final_alpha_one: bool = False  # after the last step: alpha_bar = 1 (True) or alpha_bar of t = 0 (False)
+
+    @classmethod
+    def from_json(cls, d: Json) -> ScheduleConfig:
+        """From diffusers' `scheduler_config.json`. Whatever sampler it names, sampling here is DDIM."""
+        return cls(
+            train_steps=d["num_train_timesteps"],
+            beta_start=d["beta_start"],
+            beta_end=d["beta_end"],
+            offset=d.get("steps_offset", 0),
+            final_alpha_one=d.get("set_alpha_to_one", False),
+        )
+
+
+@dataclass(frozen=True)
+class FreeU:
+    """FreeU (Si et al. 2023): backbone factors b and skip factors s of the first two decoder levels."""
+
+    s1: float = 0.6
+    s2: float = 0.4
+    b1: float = 1.1
+    b2: float = 1.2
+
+
+@dataclass(frozen=True)
+class QueryBlend:
+    """Eq. 4: Q* = (1 - v) Q + v Q_vanilla, with v falling linearly from `start` to `end` over the first steps."""
+
+    start: float = 0.9
+    end: float = 0.8
+    fraction: float = 0.1  # of the steps
+
+
+@dataclass(frozen=True)
+class ConsistoryConfig:
+    """The method's settings; the defaults are the published values (paper §4 and App. A).
+
+    sdsa: subject-driven self-attention (§4.1).
+    masking: anchors share only their subject's keys; if False, all of them (the paper's "no mask" ablation).
+    dropout: probability that a shared key is dropped (§4.2).
+    query_blend: vanilla query blending (§4.2, eq. 4), or None.
+    injection: feature injection (§4.3), which needs a first pass.
+    alpha: weight of the injected feature (eq. 6).
+    injection_window: first and last injection step as fractions of the number of steps; both ends inclusive.
+    dift_timestep: where DIFT features are taken (§4.3).
+    first_pass: "dift" stops the first pass once it has its DIFT features, "full" runs it to the end.
+    mask_history: recorded steps that a mask averages over, or None for all so far.
+    freeu: FreeU factors, or None.
+    """
+
+    sdsa: bool = True
+    masking: bool = True
+    dropout: float = 0.5
+    query_blend: QueryBlend | None = QueryBlend()
+    injection: bool = True
+    alpha: float = 0.8
+    injection_window: tuple[float, float] = (1 / 10, 1 / 3)
+    dift_timestep: int = 261
+    first_pass: str = "dift"
+    mask_history: int | None = None
+    freeu: FreeU | None = None
+
+    @classmethod
+    def vanilla(cls) -> ConsistoryConfig:
+        """Plain SDXL: every part of the method off."""
+        return cls(sdsa=False, query_blend=None, injection=False)

@@ -1,0 +1,101 @@
+"""CLIP's text encoders. Parameter names are those of transformers' CLIPTextModel and CLIPTextModelWithProjection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import TextConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(f(x), "b t (h d) -> b h t d", h=self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(c.width, c.hidden)
+        self.fc2 = nn.Linear(c.hidden, c.width)
+        self.activation = ACTIVATIONS[c.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c.width, eps=c.norm_eps)
+        self.self_attn = CausalAttention(c.width, c.heads)
+        self.layer_norm2 = nn.LayerNorm(c.width, eps=c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocabulary, c.width)
+        self.position_embedding = nn.Embedding(c.positions, c.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Layers(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+
+
+class TextModel(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(c)
+        self.encoder = Layers(c)
+        self.final_layer_norm = nn.LayerNorm(c.width, eps=c.norm_eps)
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+        self.text_projection = None if config.projection is None else nn.Linear(config.width, config.projection, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, T] -> penultimate states [B, T, C] (before the last layer, no final norm) and pooled [B, D].
+
+        `pooled` is the final, normed state at the end-of-text token, projected where the encoder has a projection.
+        """
+        x = self.text_model.embeddings(ids)
+        *first, last = self.text_model.encoder.layers
+        for layer in first:
+            x = layer(x)
+        end = ids.argmax(dim=-1)  # end-of-text has the highest id of the vocabulary; padding after it does not count
+        state = self.text_model.final_layer_norm(last(x))[torch.arange(len(ids), device=ids.device), end]
+        return x, state if self.text_projection is None else self.text_projection(state)

@@ -1,0 +1,148 @@
+"""Prompt -> token ids, and where a concept's tokens are in a prompt.
+
+CLIP's byte-pair encoding [1], built from `tokenizers` parts. The text is cleaned as CLIP's tokenizer in transformers does
+when ftfy is not installed, which is what SDXL pipelines commonly run with: control characters dropped, white space
+collapsed, Chinese characters set apart, Unicode NFC, lower case, accents kept.
+
+[1] Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.4.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, Encoding, Regex
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC, BertNormalizer, Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from torch import Tensor
+
+import consistory.weights
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.loading import read_json
+
+logger = logging.getLogger(__name__)
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+CLIP_LENGTH = 77
+CLIP_VOCABULARY = Path(consistory.weights.__file__).parent / "vocabulary"
+
+Merges = list[tuple[str, str]]
+
+
+class Tokenizer:
+    """One CLIP tokenizer: a vocabulary, a padding token and the number of tokens L that the text encoder takes."""
+
+    def __init__(self, vocabulary: dict[str, int], merges: Merges, pad: str = END, length: int = CLIP_LENGTH) -> None:
+        self._bpe = _byte_pair_encoding(vocabulary, merges, pad)
+        self.length = length
+        self.start, self.end, self.pad = (vocabulary[token] for token in (START, END, pad))
+
+    @classmethod
+    def clip(cls, pad: str = END) -> "Tokenizer":
+        """The bundled vocabulary of CLIP; SDXL pads with "<|endoftext|>" for its first text encoder, "!" for its second."""
+        return cls(*_read_vocabulary(CLIP_VOCABULARY), pad=pad)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read `vocab.json` and `merges.txt` (or `tokenizer.json`), `tokenizer_config.json` and `special_tokens_map.json`.
+
+        Raises ConsistoryError if a file is missing or damaged.
+        """
+        vocabulary, merges = _read_vocabulary(folder)
+        settings = read_json(folder / "tokenizer_config.json")
+        special = folder / "special_tokens_map.json"
+        if special.exists():
+            settings |= read_json(special)
+        pad = settings.get("pad_token", END)
+        pad = pad if isinstance(pad, str) else pad["content"]
+        missing = [token for token in (START, END, pad) if token not in vocabulary]
+        if missing:
+            raise ConsistoryError(f"{folder} is not a CLIP tokenizer (no {', '.join(missing)}): use an SDXL checkpoint")
+        return cls(vocabulary, merges, pad, settings.get("model_max_length", CLIP_LENGTH))
+
+    def encode(self, prompts: Sequence[str], *, warn: bool = True) -> Tensor:
+        """Prompts -> ids, int64 [B, L]: start, pieces, end, padding.
+
+        What does not fit is cut off; unless `warn` is false (SDXL encodes each prompt twice) the log says what.
+        """
+        ids = torch.full((len(prompts), self.length), self.pad)
+        for row, prompt in zip(ids, prompts, strict=True):
+            pieces = self._pieces(prompt)
+            if warn and len(pieces) > self._room:
+                lost = prompt[pieces.offsets[self._room][0] :]
+                logger.warning("the prompt is longer than %d tokens; this part is ignored: %r", self.length, lost)
+            kept = [self.start, *pieces.ids[: self._room], self.end]
+            row[: len(kept)] = torch.tensor(kept)
+        return ids
+
+    def concept_positions(self, prompts: Sequence[str], concept: str) -> Tensor:
+        """Where the concept is in each prompt: float32 [B, L], the weight of every token, each row summing to 1.
+
+        A concept is a word or phrase, found wherever its whole piece sequence stands as whole words, in any case ("cat" is in
+        "Cat, sleeping" and "the cat's hat", not in "cats" or "wildcat"). Occurrences weigh the same, and so do the pieces in each.
+        The published method takes the last place of the first piece: the same for a concept of one piece that occurs once.
+
+        Raises ConsistoryError if the concept is empty, or a prompt lacks it or has it only beyond the part that fits.
+        """
+        pieces = self._pieces(concept).ids
+        if not pieces:
+            raise ConsistoryError(f"the concept {concept!r} is empty: give a word or phrase that all prompts contain")
+        weights = torch.zeros(len(prompts), self.length)
+        for row, prompt in zip(weights, prompts, strict=True):
+            found = _occurrences(pieces, self._pieces(prompt))
+            kept = [start for start in found if start + len(pieces) <= self._room]
+            if not kept:
+                problem = f"comes too late in the prompt (only {self.length} tokens are read)" if found else "is not in the prompt"
+                advice = "move it forward" if found else "name it there, in the same words"
+                raise ConsistoryError(f"the concept {concept!r} {problem} {prompt!r}: {advice}")
+            for start in kept:
+                row[1 + start : 1 + start + len(pieces)] += 1 / (len(kept) * len(pieces))
+        return weights
+
+    @property
+    def _room(self) -> int:
+        return self.length - 2
+
+    def _pieces(self, text: str) -> Encoding:
+        return self._bpe.encode(text, add_special_tokens=False)
+
+
+def _byte_pair_encoding(vocabulary: dict[str, int], merges: Merges, pad: str) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>"))
+    clean = BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    bpe.normalizer = Normalizers([clean, NFC(), Lowercase()])
+    words = Split(Regex(WORD), behavior="removed", invert=True)
+    bpe.pre_tokenizer = PreTokenizers([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    # The padding token is special too: with SDXL's second tokenizer every "!" of a prompt is one padding token.
+    bpe.add_special_tokens([AddedToken(token, normalized=True) for token in (START, END, pad)])
+    return bpe
+
+
+def _occurrences(pieces: list[int], prompt: Encoding) -> list[int]:
+    """Indices into the prompt's pieces at which `pieces` begin a word. (They end one by themselves: last pieces are marked.)"""
+    words = prompt.word_ids
+    return [
+        start
+        for start in range(len(prompt) - len(pieces) + 1)
+        if prompt.ids[start : start + len(pieces)] == pieces and (start == 0 or words[start] != words[start - 1])
+    ]
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
+    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        model = read_json(folder / "tokenizer.json")["model"]
+        return model["vocab"], [tuple(merge) for merge in model["merges"]]
+    path = folder / "merges.txt"
+    vocabulary = read_json(folder / "vocab.json")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConsistoryError(f"cannot read {path} ({error.strerror}): download it again") from None
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    return vocabulary, [(left, right) for left, right in pairs]

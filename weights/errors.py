@@ -1,0 +1,5 @@
+"""The one error class that the library raises for its users."""
+
+
+class ConsistoryError(Exception):
+    """Something that the user can mend; the message is one line that says how."""
