@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -178,6 +178,16 @@ class ConsistoryConfig:
     first_pass: str = "dift"
     mask_history: int | None = None
     freeu: FreeU | None = None
+
+    @classmethod
+    def paper(cls) -> ConsistoryConfig:
+        """As printed: queries blend over the first five of 50 steps, injection acts for t in [680, 900]."""
+        return cls(query_blend=QueryBlend(fraction=0.08), injection_window=(0.1, 0.3))
+
+    @classmethod
+    def reference(cls) -> ConsistoryConfig:
+        """What the authors' released implementation does, as recorded from its runs."""
+        return cls(query_blend=QueryBlend(end=0.81836735), first_pass="full", mask_history=20)
 
     @classmethod
     def vanilla(cls) -> ConsistoryConfig:

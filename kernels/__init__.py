@@ -1,1 +1,5 @@
-"""The operators ConsiStory adds to a diffusion model, each with its definition, a fast torch version and a Triton kernel."""
+"""The operators behind ConsiStory, usable on their own: plain PyTorch, and Triton where it runs.
+
+Every operator is a folder: `reference.py` is the definition, `packed.py` the fast version without Triton, `fused.py` the Triton
+version, and the folder's own function picks between them (`backend=` overrides). See README.md.
+"""

@@ -1,0 +1,99 @@
+"""The two controls of a consistent step: one records vanilla queries, the other shares the subject between images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from consistory.kernels.cross_attention import cross_attention
+from consistory.kernels.extended_attention import extended_attention
+
+from .attention import AttentionControl, Site
+from .injection import Injection
+
+
+class RecordQueries(AttentionControl):
+    """Plain attention that keeps the decoder's self-attention queries: Q_vanilla of eq. 4."""
+
+    def __init__(self) -> None:
+        self.queries: dict[Site, Tensor] = {}
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if site.part == "decoder":
+            self.queries[site] = q
+        return super().self_attention(q, k, v, site)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who reads what in subject-driven self-attention (eqs. 2-3).
+
+    key_masks: {stride: bool [A, P]} subject patches of the anchors that survived dropout.
+    share: bool [N, A], True where image i reads anchor a. An anchor has all its own keys already.
+    vanilla: queries to blend in and their weight v (eq. 4), or None.
+    """
+
+    key_masks: dict[int, Tensor]
+    share: Tensor
+    vanilla: tuple[RecordQueries, float] | None
+
+
+@dataclass
+class Consistent(AttentionControl):
+    """One consistent call of the UNet on 2 N samples, N unconditional ones before their N conditional twins.
+
+    token_weights: [N, T, K] which tokens are concept k, each column's weights adding up to 1.
+    map_stride: stride of the cross-attention layers that tell where the subject is: the coarsest attended.
+    sharing: subject-driven self-attention in the decoder, or None.
+    injection: feature injection at stride `injection_stride`, or None.
+    """
+
+    token_weights: Tensor
+    map_stride: int
+    sharing: Sharing | None = None
+    injection: Injection | None = None
+    injection_stride: int = 0
+    cross_maps: list[Tensor] = field(default_factory=list)  # one [N, P, K] per layer, recorded during the call
+    dift: Tensor | None = None  # [N, C, h, w], recorded during the call
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Eqs. 2-3: queries of image i see its own patches and the subject patches of every anchor it reads."""
+        if self.sharing is None or site.part != "decoder":
+            return super().self_attention(q, k, v, site)
+        q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
+        out = extended_attention(
+            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, q_blend=self._vanilla_queries(site)
+        )
+        return rearrange(out, "g n h p d -> (g n) h p d")
+
+    def _vanilla_queries(self, site: Site) -> tuple[Tensor, float] | None:
+        assert self.sharing is not None
+        if self.sharing.vanilla is None:
+            return None
+        recorded, weight = self.sharing.vanilla
+        return rearrange(recorded.queries[site], "(g n) h p d -> g n h p d", g=2), weight
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Eq. 7's input: the conditional half's probabilities of the concept tokens, averaged over heads."""
+        if site.stride != self.map_stride or not self.token_weights.shape[-1]:
+            return super().cross_attention(q, k, v, site)
+        n = len(q) // 2
+        unconditional = F.scaled_dot_product_attention(q[:n], k[:n], v[:n])
+        conditional, cross_map = cross_attention(q[n:], k[n:], v[n:], self.token_weights)
+        self.cross_maps.append(cross_map)
+        return torch.cat([unconditional, conditional])
+
+    def self_output(self, x: Tensor, site: Site) -> Tensor:
+        if self.injection is None or site.stride != self.injection_stride or site.part == "mid":
+            return x
+        unconditional, conditional = x.chunk(2)
+        return torch.cat([unconditional, self.injection(conditional)])
+
+    def decoder_features(self, x: Tensor, index: int) -> None:
+        """DIFT features are the first decoder block's output for the conditional images."""
+        if index == 0:
+            self.dift = x.chunk(2)[1]

@@ -1,0 +1,197 @@
+"""The whole algorithm (Tewel et al. 2024). Read from `tell` downwards.
+
+Two passes over the same noise. The first shares the subject by attention alone and yields, at t = 261, features that
+tell which patches of two images show the same part of the subject. The second starts again and, over some early steps,
+also copies features between such patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import ddim
+from .attention import AttentionControl
+from .config import ConsistoryConfig, ScheduleConfig
+from .correspondence import Nearest, nearest_patches, smooth
+from .injection import Injection, plan_injection
+from .masks import Size, average_maps, draw_dropout, subject_masks
+from .sdsa import Consistent, RecordQueries, Sharing
+from .unet import Conditioning, UNet
+
+Masks = dict[int, Tensor]  # {latent stride: bool [N, P]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that stays the same while a story is told.
+
+    cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
+    anchors: A; the first A images share their subject with all.  seed: of mask dropout.
+    """
+
+    unet: UNet
+    schedule: ScheduleConfig
+    cond: Conditioning
+    token_weights: Tensor
+    config: ConsistoryConfig
+    steps: int
+    guidance: float
+    anchors: int
+    seed: int
+    latent_size: Size
+
+    @cached_property
+    def timesteps(self) -> list[int]:
+        return ddim.timesteps(self.schedule, self.steps)
+
+    @cached_property
+    def sizes(self) -> dict[int, Size]:
+        """{stride: height and width in patches} of the attended resolutions, finest first."""
+        h, w = self.latent_size
+        return {stride: (h // stride, w // stride) for stride in self.unet.strides}
+
+    @cached_property
+    def dift_step(self) -> int:
+        """The step nearest to t = 261."""
+        return min(range(self.steps), key=lambda i: abs(self.timesteps[i] - self.config.dift_timestep))
+
+    @cached_property
+    def injection_steps(self) -> range:
+        first, last = (int(self.steps * fraction) for fraction in self.config.injection_window)
+        return range(first, last + 1)
+
+    @cached_property
+    def share(self) -> Tensor:
+        """bool [N, A]: every image reads every anchor but itself."""
+        n = len(self.token_weights)
+        return ~torch.eye(n, self.anchors, dtype=torch.bool, device=self.token_weights.device)
+
+    @cached_property
+    def kept_keys(self) -> dict[int, Tensor]:
+        """{stride: bool [steps, A, P]}: keys that survive dropout, drawn before the first step."""
+        return {
+            s: draw_dropout(self.seed, s, self.steps, self.anchors, h * w, self.config.dropout).to(self.share.device)
+            for s, (h, w) in self.sizes.items()
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """Between two steps: `step` is the next one, x [N, 4, h, w] its input, cross_maps one [N, P, K] per past step.
+
+    dift: [N, C, h, w] features of the step just made; None before the first.
+    """
+
+    step: int
+    x: Tensor
+    cross_maps: list[Tensor]
+    dift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """latents: float [N, 4, h, w]. masks, nearest: what injection used, per stride; empty if there was none."""
+
+    latents: Tensor
+    masks: Masks
+    nearest: dict[int, Nearest]
+
+
+OnStep = Callable[[int, int], None]  # steps done, steps in all
+
+
+def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> Told:
+    """Denoise N latents x [N, 4, h, w] into pictures of one subject. Calls on_step after each step of either pass."""
+    start = State(0, x, [])
+    if not plan.config.injection:
+        for state in denoise(plan, start, plan.steps):
+            on_step(state.step, plan.steps)
+        return Told(state.x, {}, {})
+
+    # Pass 1: up to the step that yields DIFT features. Until injection starts, pass 2 would only repeat it.
+    branch = plan.injection_steps.start
+    first = plan.steps if plan.config.first_pass == "full" else max(plan.dift_step + 1, branch)
+    total = first + plan.steps - branch
+    resume = start
+    for state in denoise(plan, start, first):
+        on_step(state.step, total)
+        if state.step == branch:
+            resume = state
+        if state.step == plan.dift_step + 1:
+            dift = state.dift
+    masks = current_masks(plan, state)
+
+    # Correspondence (§4.3)
+    assert dift is not None
+    dift = smooth(dift.float())
+    nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
+    finest = plan.unet.strides[0]
+    injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
+
+    # Pass 2
+    for state in denoise(plan, resume, plan.steps, injection):
+        on_step(first + state.step - branch, total)
+    return Told(state.x, masks, nearest)
+
+
+def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = None) -> Iterator[State]:
+    """Steps from `state` up to step `stop`, exclusive; yields the state after each."""
+    alpha_bars = ddim.alpha_bars(plan.schedule)
+    while state.step < stop:
+        t = plan.timesteps[state.step]
+        active = injection if state.step in plan.injection_steps else None
+        eps, control = predict_noise(plan, state, active)
+        x = ddim.step(state.x, eps, alpha_bars[t], ddim.alpha_bar_after(plan.schedule, plan.steps, t))
+        cross_maps = state.cross_maps
+        if control.cross_maps:
+            history = plan.config.mask_history or plan.steps
+            cross_maps = [*cross_maps, average_maps(control.cross_maps)][-history:]
+        state = State(state.step + 1, x, cross_maps, control.dift)
+        yield state
+
+
+def predict_noise(plan: Plan, state: State, injection: Injection | None) -> tuple[Tensor, Consistent]:
+    """One consistent call with guidance: eps [N, 4, h, w], and the control with what it recorded."""
+    x, t = torch.cat([state.x, state.x]).to(plan.cond.context.dtype), plan.timesteps[state.step]
+    sharing = plan_sharing(plan, state)
+    control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
+    encoded = plan.unet.encode(x, t, plan.cond, control)
+    if sharing is not None and sharing.vanilla is not None:
+        # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
+        plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
+        plan.unet.decode(plain, sharing.vanilla[0], plan.config.freeu)
+    eps = plan.unet.decode(encoded, control, plan.config.freeu)
+    unconditional, conditional = eps.float().chunk(2)
+    return unconditional + plan.guidance * (conditional - unconditional), control
+
+
+def plan_sharing(plan: Plan, state: State) -> Sharing | None:
+    """Who reads what at this step. Step 0 has no mask yet and is plain."""
+    if not plan.config.sdsa or state.step == 0:
+        return None
+    masks = current_masks(plan, state)
+    key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
+    weight = blend_weight(plan.config, state.step, plan.steps)
+    return Sharing(key_masks, plan.share, None if weight is None else (RecordQueries(), weight))
+
+
+def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:
+    """v of eq. 4 at a step: linear from `start` at step 0 to `end` at the last blended step, then None."""
+    blend = config.query_blend
+    last = int(steps * blend.fraction) if blend else -1
+    if blend is None or step > last:
+        return None
+    return blend.start + (blend.end - blend.start) * (step / last if last else 0.0)
+
+
+def current_masks(plan: Plan, state: State) -> Masks:
+    """Subject masks from the steps so far (eq. 7); all patches if masking is off."""
+    if not plan.config.masking:
+        n, device = len(state.x), state.x.device
+        return {s: torch.ones(n, h * w, dtype=torch.bool, device=device) for s, (h, w) in plan.sizes.items()}
+    return subject_masks(average_maps(state.cross_maps), plan.sizes[plan.unet.strides[-1]], plan.sizes)

@@ -1,0 +1,29 @@
+"""Dense correspondence: the nearest source patch of every target patch (ConsiStory, section 4.3, equations 8-9)."""
+
+from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.correspondence import packed, reference
+from torch import Tensor
+
+__all__ = ["match"]
+
+
+def match(
+    target: Tensor, source: Tensor, source_mask: Tensor, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine nearest neighbours, for every pair of a target and a source image.
+
+    target          [T, P, C] features
+    source          [S, P, C] features
+    source_mask     bool [S, P], the patches that may be matched; all others count as distance 2
+    returns         index int64 [T, S, P] and distance float32 [T, S, P] = 1 - cos; ties go to the lowest index,
+                    and a source without any patch gives index 0 and distance 2
+
+    Raises ValueError for an unknown backend.
+    """
+    chosen = pick_backend(target, backend)
+    if chosen == "fused":
+        from consistory.kernels.correspondence import fused
+
+        return fused.match(target, source, source_mask)
+    implementation = reference if chosen == "reference" else packed
+    return implementation.match(target, source, source_mask)

@@ -1,0 +1,28 @@
+"""Cross-attention that also reports how much each patch attends to chosen tokens (ConsiStory, equation 7)."""
+
+from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.cross_attention import packed, reference
+from torch import Tensor
+
+__all__ = ["cross_attention"]
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention to the prompt's tokens, and the head-averaged attention probabilities weighted by `token_weights`.
+
+    q               [B, H, P, d]
+    k, v            [B, H, T, d], one row a token
+    token_weights   float [B, T, K], for each of K concepts the weight of every token's probability
+    returns         out [B, H, P, d], maps float32 [B, P, K] = mean over heads of (softmax(q k^T / sqrt(d)) @ token_weights)
+
+    Raises ValueError for an unknown backend.
+    """
+    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128)
+    if chosen == "fused":
+        from consistory.kernels.cross_attention import fused
+
+        return fused.cross_attention(q, k, v, token_weights)
+    implementation = reference if chosen == "reference" else packed
+    return implementation.cross_attention(q, k, v, token_weights)

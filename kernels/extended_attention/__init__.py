@@ -1,0 +1,45 @@
+"""Extended attention: the operator of subject-driven self-attention (ConsiStory, section 4.1)."""
+
+from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.extended_attention import packed, reference
+from torch import Tensor
+
+__all__ = ["extended_attention"]
+
+
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor,
+    share: Tensor,
+    *,
+    anchor_k: Tensor | None = None,
+    anchor_v: Tensor | None = None,
+    q_blend: tuple[Tensor, float] | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Every image attends to its own patches and to the kept patches of the anchors it shares (equations 2-3).
+
+    q, k, v         [G, N, H, P, d]: guidance halves, images, heads, patches, head size
+    key_mask        bool [A, P], which patches of each anchor may be read
+    share           bool [N, A], which images read which anchor; an image reads its own patches in any case
+    anchor_k, _v    [G, A, H, P, d]: recorded anchors; without them the anchors are the first A images of the batch
+    q_blend         (q_vanilla [G, N, H, P, d], weight): queries are (1 - weight) * q + weight * q_vanilla (equation 4)
+    returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
+
+    Raises ValueError for an unknown backend.
+    """
+    anchors = key_mask.shape[0]
+    if anchor_k is None or anchor_v is None:
+        anchor_k, anchor_v = k[:, :anchors], v[:, :anchors]
+    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128)
+    if chosen == "fused":
+        from consistory.kernels.extended_attention import fused
+
+        return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend)
+    if q_blend is not None:
+        q_vanilla, weight = q_blend
+        q = (1 - weight) * q + weight * q_vanilla
+    implementation = reference if chosen == "reference" else packed
+    return implementation.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share)

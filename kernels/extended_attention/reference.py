@@ -1,0 +1,26 @@
+"""Extended attention as the paper writes it: a joint softmax with log M added to the scores (equations 2-3)."""
+
+import torch
+from torch import Tensor
+
+
+def extended_attention(
+    q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
+) -> Tensor:
+    """In float32, with every score in memory. Shapes as in `consistory.kernels.extended_attention`.
+
+    key_mask may also be soft, float [A, P] in [0, 1]: a key's softmax weight is multiplied by its mask value.
+    """
+    query, key, value = q.float(), k.float(), v.float()
+    patches, head_size = q.shape[3:]
+    log_mask = (share[:, :, None] * key_mask).float().log()  # [N, A, P]: log M, -inf where nothing is read
+
+    own = torch.einsum("gnhpd,gnhsd->gnhps", query, key) / head_size**0.5
+    shared = torch.einsum("gnhpd,gahsd->gnhpas", query, anchor_k.float()) / head_size**0.5
+    shared = shared + log_mask[:, None, None]
+
+    joined = torch.cat([own, shared.flatten(-2)], dim=-1).softmax(dim=-1)
+    p_own, p_shared = joined[..., :patches], joined[..., patches:].unflatten(-1, (-1, patches))
+    out = torch.einsum("gnhps,gnhsd->gnhpd", p_own, value)
+    out = out + torch.einsum("gnhpas,gahsd->gnhpd", p_shared, anchor_v.float())
+    return out.to(q.dtype)

@@ -1,0 +1,40 @@
+"""Feature injection: the in-order blend of corresponding features (ConsiStory, section 4.3, equations 5-6)."""
+
+from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.injection import packed, reference
+from torch import Tensor
+
+__all__ = ["inject"]
+
+
+def inject(
+    x: Tensor,
+    source_index: Tensor,
+    source_image: Tensor,
+    inject_mask: Tensor,
+    alpha: float,
+    anchors: int = 0,
+    anchor_x: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Where the mask allows it, a patch becomes alpha * source + (1 - alpha) * itself.
+
+    x               [N, P, C] features
+    source_index    int64 [N, P], which patch of the source image
+    source_image    int64 [N, P], which anchor: 0 ... A - 1
+    inject_mask     bool [N, P]
+    anchors         the first `anchors` images are the sources. They are blended one after the other, so a later one draws
+                    from an earlier one that is blended already; then all the rest, from blended anchors
+    anchor_x        [A, P, C] recorded, already blended anchors: the sources when the batch holds none (`anchors` is not used)
+    returns         a new tensor [N, P, C]
+
+    Raises ValueError for an unknown backend.
+    """
+    chosen = pick_backend(x, backend)
+    if chosen == "fused":
+        from consistory.kernels.injection import fused
+
+        return fused.inject(x, source_index, source_image, inject_mask, alpha, anchors, anchor_x)
+    implementation = reference if chosen == "reference" else packed
+    return implementation.inject(x, source_index, source_image, inject_mask, alpha, anchors, anchor_x)

@@ -1,0 +1,244 @@
+"""Reading checkpoints: safetensors files -> modules.
+
+    read_json(path) -> dict                                        any config file
+    read_model_index(folder) -> dict                               is this folder an SDXL checkpoint in the diffusers layout?
+    folder_component(folder, name, variant) -> Component           its "unet", "vae", "text_encoder" or "text_encoder_2"
+    sdxl_configs() -> {name: config.json content}                  for single files, which carry none
+    single_file_components(path, configs) -> {name: Component}     the same four from one file in the original layout
+    load_module(build, tensors, dtype, device) -> module           builds it and gives it the component's tensors
+
+A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they are asked
+for. Pickled files (.ckpt, .bin, .pt) are refused: loading one runs whatever code it holds.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from consistory.weights import names
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.names import Json, Layout, Rename
+
+Module = TypeVar("Module", bound=nn.Module)
+Read = Callable[[], Tensor]
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SDXL_CONFIGS = Path(__file__).parent / "sdxl"
+PICKLED = {".ckpt", ".bin", ".pt", ".pth"}
+ADVICE = "give an SDXL base checkpoint, complete and unmodified"
+
+# Known keys that no module needs (regular expressions for whole keys): position numbers, CLIP's contrastive temperature and
+# the first encoder's unused projection, the training schedule's constants, averaged weights, the autoencoder's training loss.
+UNUSED = (
+    r"(.*\.)?(text_model\.)?embeddings\.position_ids",
+    r"(.*\.)?logit_scale",
+    r"conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?",
+    r"conditioner\.embedders\.1\.model\.attn_mask",
+    r"(denoiser\.)?(betas|sigmas|log_sigmas|alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor)",
+    r"(sqrt|log)_(one_minus_|recip_|recipm1_)?alphas_cumprod",
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])",
+    r"(first_stage_model\.)?model_ema\..*",
+    r"(first_stage_model\.)?loss\..*",
+)
+
+# What else a file may be (regular expressions for the beginning of any of its keys), and what to say.
+OTHER_FAMILIES = {
+    r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
+    r"cond_stage_model\.": "Stable Diffusion 1 or 2",
+    r"conditioner\.embedders\.0\.model\.": "the SDXL refiner",
+    r"(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
+    r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
+    r"(v_pred|edm_vpred\..*)$": "an SDXL checkpoint that predicts v instead of noise",
+    r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
+    r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A component's tensors by parameter name, each read when its function is called."""
+
+    label: str  # for messages
+    tensors: Mapping[str, Read]
+
+
+Component = tuple[Json, TensorSource]
+
+
+def read_json(path: Path) -> Json:
+    """Read a JSON object. Raises ConsistoryError if the file is missing or is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConsistoryError(f"{path} is missing: download the checkpoint folder again, with all of its files") from None
+    except (OSError, ValueError) as error:
+        raise ConsistoryError(f"cannot read {path} ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise ConsistoryError(f"{path} does not hold a JSON object: download it again")
+    return content
+
+
+def read_model_index(folder: Path) -> Json:
+    """The folder's `model_index.json`. Raises ConsistoryError if there is none or it describes no SDXL base model."""
+    if folder.is_file():
+        raise ConsistoryError(f"{folder} is a file, not a folder: load it as a single-file checkpoint")
+    if not folder.is_dir():
+        raise ConsistoryError(f"there is no folder {folder}: give the folder of an SDXL checkpoint in the diffusers layout")
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise ConsistoryError(f"{path} is missing: give the top folder of an SDXL checkpoint in the diffusers layout")
+    content = read_json(path)
+    absent = [name for name in COMPONENTS if content.get(name, [None])[0] is None]
+    if absent:
+        kind = content.get("_class_name", "unknown pipeline")
+        raise ConsistoryError(f"{folder} is no SDXL base checkpoint ({kind} without {', '.join(absent)}): give one that is")
+    return content
+
+
+def folder_component(folder: Path, name: str, variant: str | None = None) -> Component:
+    """A component of a checkpoint in the diffusers layout.
+
+    variant: the middle of file names like `model.fp16.safetensors`; None takes the plain file, or the only variant there is.
+    Raises ConsistoryError if a file is missing, damaged or pickled.
+    """
+    config = read_json(folder / name / "config.json")
+    path = _weights_file(folder / name, variant)
+    stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
+    by_original = names.index(names.FOLDER[name])
+    return config, TensorSource(f"{name} of {folder}", _by_parameter(stored, by_original))
+
+
+def sdxl_configs() -> dict[str, Json]:
+    """The published configuration of SDXL base: "model_index", "scheduler" and one entry for each component."""
+    return {path.stem: read_json(path) for path in SDXL_CONFIGS.glob("*.json")}
+
+
+def single_file_components(path: Path, configs: Mapping[str, Json] | None = None) -> dict[str, Component]:
+    """The components of a checkpoint in the original single-file layout, by name.
+
+    configs: each component's `config.json` content; None means SDXL base.
+    Raises ConsistoryError if the file is missing, damaged, pickled, of another family or has keys that nothing needs.
+    """
+    configs = configs or sdxl_configs()
+    stored = _open(path)
+    _check_family(path, stored)
+    components = {}
+    for name, part in names.SINGLE_FILE.items():
+        own = {key.removeprefix(part.prefix): stored.pop(key) for key in list(stored) if key.startswith(part.prefix)}
+        if not own:
+            raise ConsistoryError(f"{path} holds no {name} ({part.prefix}*): give a whole SDXL base checkpoint")
+        by_original = names.index(part.table(configs[name]))
+        components[name] = configs[name], TensorSource(f"{name} of {path}", _by_parameter(own, by_original))
+    if stored:
+        raise ConsistoryError(f"{path} holds keys that no part of SDXL has: {_listed(stored)}; give an SDXL base checkpoint")
+    return components
+
+
+def load_module(
+    build: Callable[[], Module], tensors: TensorSource, *, dtype: torch.dtype, device: torch.device | str
+) -> Module:
+    """Build a module without memory of its own and give it the tensors, converted one at a time; it needs no gradients.
+
+    On the CPU, tensors that already have `dtype` stay mapped from the file.
+    Raises ConsistoryError that names tensors which are missing, unknown, or of another shape.
+    """
+    with torch.device("meta"):
+        module = build().requires_grad_(False).eval()
+    expected = module.state_dict()
+    missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
+    if missing or unknown:
+        problems = [f"{kind}: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {ADVICE}")
+    state = {}
+    for name, parameter in expected.items():
+        tensor = tensors.tensors[name]()
+        if tensor.shape != parameter.shape:
+            shapes = f"{name} is {list(tensor.shape)}, not {list(parameter.shape)}"
+            raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {ADVICE}")
+        state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    """The safetensors file, or the index of the shards, among e.g. `model.safetensors`, `model.safetensors.index.fp16.json`."""
+    found = {}
+    for path in folder.glob("*.safetensors*"):
+        stem, *middle = path.name.split(".")
+        if stem in ("model", "diffusion_pytorch_model") and "-of-" not in path.name:
+            found[next((part for part in middle if part not in ("safetensors", "index", "json")), None)] = path
+    if variant is None and len(found) == 1:
+        return next(iter(found.values()))
+    if variant in found:
+        return found[variant]
+    if found:
+        there = ", ".join(sorted(name or "the plain one" for name in found))
+        raise ConsistoryError(f"{folder} has no weights of variant {variant}: choose one of these: {there}")
+    pickled = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLED]
+    if pickled:
+        raise _pickled(pickled[0])
+    raise ConsistoryError(f"{folder} has no safetensors file: download the checkpoint folder again, with all of its files")
+
+
+def _open_sharded(path: Path) -> dict[str, Read]:
+    shards = set(read_json(path)["weight_map"].values())
+    return {key: read for shard in sorted(shards) for key, read in _open(path.parent / shard).items()}
+
+
+def _open(path: Path) -> dict[str, Read]:
+    """The tensors of a safetensors file by key, but for those that are never needed."""
+    if path.suffix in PICKLED:
+        raise _pickled(path)
+    if path.is_dir():
+        raise ConsistoryError(f"{path} is a folder, not a file: load it as a checkpoint folder")
+    try:
+        file = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ConsistoryError(f"there is no file {path}: check the name, or download it") from None
+    except (OSError, SafetensorError) as error:
+        raise ConsistoryError(
+            f"{path} is not a whole safetensors file ({error}): download it again (in a Git clone: git lfs pull)"
+        ) from None
+    keys = (key for key in file.keys() if not any(re.fullmatch(pattern, key) for pattern in UNUSED))
+    return {key: partial(file.get_tensor, key) for key in keys}
+
+
+def _by_parameter(stored: Mapping[str, Read], by_original: Mapping[str, list[Rename]]) -> dict[str, Read]:
+    """Keys that the table does not know stay as they are: either both layouts name them alike, or no module has them."""
+    return {
+        name: partial(_read_as, layout, read)
+        for key, read in stored.items()
+        for name, layout in names.parameters_in(key, by_original) or [(key, names.same)]
+    }
+
+
+def _read_as(layout: Layout, read: Read) -> Tensor:
+    return layout(read())
+
+
+def _check_family(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
+        for pattern, family in OTHER_FAMILIES.items():
+            if re.match(pattern, key):
+                raise ConsistoryError(f"{path} is {family} (it holds {key}): give an SDXL base checkpoint")
+
+
+def _pickled(path: Path) -> ConsistoryError:
+    return ConsistoryError(
+        f"{path} is pickled, and loading it could run any code: "
+        "get its safetensors version, or convert it with diffusers' save_pretrained(safe_serialization=True)"
+    )
+
+
+def _listed(keys: Iterable[str], limit: int = 5) -> str:
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

@@ -1,0 +1,1 @@
+"""Sprites: a small cartoon world and the model trained on it, in SDXL's layout."""
