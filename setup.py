@@ -37,7 +37,7 @@ setup(
     extras_require={
         "cli": ["pillow>=9", "tqdm>=4.60"],
         "test": [
-            "pytest>=7", "ruff", "mypy", "pillow>=9", "tqdm>=4.60",
+            "pytest>=7", "ruff", "mypy", "setuptools>=77", "pillow>=9", "tqdm>=4.60",
             "diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.12", "scikit-image>=0.22",
         ],
         "bench": ["matplotlib>=3.7", "pillow>=9", "tqdm>=4.60"],

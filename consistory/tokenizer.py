@@ -1,8 +1,8 @@
 """Prompt -> token ids, and where a concept's tokens are in a prompt.
 
-CLIP's byte-pair encoding [1], built from `tokenizers` parts. The text is cleaned as CLIP's tokenizer in transformers does
-when ftfy is not installed, which is what SDXL pipelines commonly run with: control characters dropped, white space
-collapsed, Chinese characters set apart, Unicode NFC, lower case, accents kept.
+CLIP's byte-pair encoding [1], built from `tokenizers` parts. Text is cleaned as transformers' original (slow)
+CLIPTokenizer does without ftfy: control characters dropped, white space collapsed, Chinese characters set apart,
+Unicode NFC, lower case, accents kept. (The fast one neither drops control characters nor sets Chinese apart.)
 
 [1] Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.4.
 """
@@ -45,12 +45,12 @@ class Tokenizer:
 
     @classmethod
     def clip(cls, pad: str = END) -> "Tokenizer":
-        """The bundled vocabulary of CLIP; SDXL pads with "<|endoftext|>" for its first text encoder, "!" for its second."""
+        """CLIP's own vocabulary, bundled. SDXL pads with "<|endoftext|>" for its first encoder, "!" for its second."""
         return cls(*_read_vocabulary(CLIP_VOCABULARY), pad=pad)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read `vocab.json` and `merges.txt` (or `tokenizer.json`), `tokenizer_config.json` and `special_tokens_map.json`.
+        """A tokenizer as diffusers saves it: `vocab.json` and `merges.txt`, or `tokenizer.json`; and its settings.
 
         Raises ConsistoryError if a file is missing or damaged.
         """
@@ -84,9 +84,9 @@ class Tokenizer:
     def concept_positions(self, prompts: Sequence[str], concept: str) -> Tensor:
         """Where the concept is in each prompt: float32 [B, L], the weight of every token, each row summing to 1.
 
-        A concept is a word or phrase, found wherever its whole piece sequence stands as whole words, in any case ("cat" is in
-        "Cat, sleeping" and "the cat's hat", not in "cats" or "wildcat"). Occurrences weigh the same, and so do the pieces in each.
-        The published method takes the last place of the first piece: the same for a concept of one piece that occurs once.
+        A concept is a word or phrase, found wherever its pieces stand as whole words, in any case ("cat" is in "Cat,
+        sleeping" and "the cat's hat", not in "cats" or "alleycat"). All occurrences and all pieces weigh the same.
+        The paper's authors take the last place of the first piece: the same where one piece occurs once.
 
         Raises ConsistoryError if the concept is empty, or a prompt lacks it or has it only beyond the part that fits.
         """
@@ -97,10 +97,11 @@ class Tokenizer:
         for row, prompt in zip(weights, prompts, strict=True):
             found = _occurrences(pieces, self._pieces(prompt))
             kept = [start for start in found if start + len(pieces) <= self._room]
+            if not found:
+                raise ConsistoryError(f"the concept {concept!r} is not in the prompt {prompt!r}: name it there")
             if not kept:
-                problem = f"comes too late in the prompt (only {self.length} tokens are read)" if found else "is not in the prompt"
-                advice = "move it forward" if found else "name it there, in the same words"
-                raise ConsistoryError(f"the concept {concept!r} {problem} {prompt!r}: {advice}")
+                limit = f"after its first {self.length} tokens, which are all that is read"
+                raise ConsistoryError(f"the concept {concept!r} comes in {prompt!r} only {limit}: move it forward")
             for start in kept:
                 row[1 + start : 1 + start + len(pieces)] += 1 / (len(kept) * len(pieces))
         return weights
@@ -125,7 +126,7 @@ def _byte_pair_encoding(vocabulary: dict[str, int], merges: Merges, pad: str) ->
 
 
 def _occurrences(pieces: list[int], prompt: Encoding) -> list[int]:
-    """Indices into the prompt's pieces at which `pieces` begin a word. (They end one by themselves: last pieces are marked.)"""
+    """Where in the prompt `pieces` begin a word. (They also end one: a word's last piece is marked.)"""
     words = prompt.word_ids
     return [
         start

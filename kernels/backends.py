@@ -10,7 +10,7 @@ Backend = Literal["reference", "packed", "fused"]
 
 
 def pick_backend(x: Tensor, backend: Backend | None = None, *, fits: bool = True) -> Backend:
-    """The backend to run on `x`: the one asked for, else "fused" for 16-bit CUDA tensors whose shape `fits`, else "packed".
+    """The backend asked for, else "fused" where `x` is a 16-bit CUDA tensor whose shape `fits`, else "packed".
 
     Raises ValueError for a name that is no backend.
     """

@@ -1,1 +1,1 @@
-"""Checkpoints: reading safetensors, naming parameters, filling modules. Imports nothing of `consistory` outside this folder."""
+"""Checkpoints: reading safetensors, naming parameters, filling modules; and the embedded model, sprites."""

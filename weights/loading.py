@@ -1,14 +1,14 @@
 """Reading checkpoints: safetensors files -> modules.
 
-    read_json(path) -> dict                                        any config file
-    read_model_index(folder) -> dict                               is this folder an SDXL checkpoint in the diffusers layout?
-    folder_component(folder, name, variant) -> Component           its "unet", "vae", "text_encoder" or "text_encoder_2"
-    sdxl_configs() -> {name: config.json content}                  for single files, which carry none
-    single_file_components(path, configs) -> {name: Component}     the same four from one file in the original layout
-    load_module(build, tensors, dtype, device) -> module           builds it and gives it the component's tensors
+    read_json(path) -> dict                                     any config file
+    read_model_index(folder) -> dict                            of an SDXL checkpoint in the diffusers layout
+    folder_component(folder, name, variant) -> Component        its "unet", "vae", "text_encoder" or "text_encoder_2"
+    sdxl_configs() -> {name: config.json content}               for single files, which carry none
+    single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
+    load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
-A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they are asked
-for. Pickled files (.ckpt, .bin, .pt) are refused: loading one runs whatever code it holds.
+A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they
+are asked for. Pickled files (.ckpt, .bin, .pt) are refused: loading one runs whatever code it holds.
 """
 
 import json
@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
 from consistory.weights import names
 from consistory.weights.errors import ConsistoryError
 from consistory.weights.names import Json, Layout, Rename
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
 Read = Callable[[], Tensor]
@@ -35,8 +35,8 @@ SDXL_CONFIGS = Path(__file__).parent / "sdxl"
 PICKLED = {".ckpt", ".bin", ".pt", ".pth"}
 ADVICE = "give an SDXL base checkpoint, complete and unmodified"
 
-# Known keys that no module needs (regular expressions for whole keys): position numbers, CLIP's contrastive temperature and
-# the first encoder's unused projection, the training schedule's constants, averaged weights, the autoencoder's training loss.
+# Known keys that no module needs (regular expressions for whole keys): position numbers, CLIP's contrastive
+# temperature, the first encoder's projection, the training schedule, averaged weights, the autoencoder's training loss.
 UNUSED = (
     r"(.*\.)?(text_model\.)?embeddings\.position_ids",
     r"(.*\.)?logit_scale",
@@ -78,7 +78,7 @@ def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConsistoryError(f"{path} is missing: download the checkpoint folder again, with all of its files") from None
+        raise ConsistoryError(f"{path} is missing: download the whole checkpoint folder again") from None
     except (OSError, ValueError) as error:
         raise ConsistoryError(f"cannot read {path} ({error}): download it again") from None
     if not isinstance(content, dict):
@@ -91,7 +91,7 @@ def read_model_index(folder: Path) -> Json:
     if folder.is_file():
         raise ConsistoryError(f"{folder} is a file, not a folder: load it as a single-file checkpoint")
     if not folder.is_dir():
-        raise ConsistoryError(f"there is no folder {folder}: give the folder of an SDXL checkpoint in the diffusers layout")
+        raise ConsistoryError(f"there is no folder {folder}: give that of an SDXL checkpoint in the diffusers layout")
     path = folder / "model_index.json"
     if not path.exists():
         raise ConsistoryError(f"{path} is missing: give the top folder of an SDXL checkpoint in the diffusers layout")
@@ -99,14 +99,14 @@ def read_model_index(folder: Path) -> Json:
     absent = [name for name in COMPONENTS if content.get(name, [None])[0] is None]
     if absent:
         kind = content.get("_class_name", "unknown pipeline")
-        raise ConsistoryError(f"{folder} is no SDXL base checkpoint ({kind} without {', '.join(absent)}): give one that is")
+        raise ConsistoryError(f"{folder} is no SDXL base checkpoint ({kind} without {', '.join(absent)})")
     return content
 
 
 def folder_component(folder: Path, name: str, variant: str | None = None) -> Component:
     """A component of a checkpoint in the diffusers layout.
 
-    variant: the middle of file names like `model.fp16.safetensors`; None takes the plain file, or the only variant there is.
+    variant: the middle of names like `model.fp16.safetensors`; None takes the plain file, or the only variant there is.
     Raises ConsistoryError if a file is missing, damaged or pickled.
     """
     config = read_json(folder / name / "config.json")
@@ -138,7 +138,7 @@ def single_file_components(path: Path, configs: Mapping[str, Json] | None = None
         by_original = names.index(part.table(configs[name]))
         components[name] = configs[name], TensorSource(f"{name} of {path}", _by_parameter(own, by_original))
     if stored:
-        raise ConsistoryError(f"{path} holds keys that no part of SDXL has: {_listed(stored)}; give an SDXL base checkpoint")
+        raise ConsistoryError(f"{path} holds keys that SDXL has not ({_listed(stored)}): {ADVICE}")
     return components
 
 
@@ -150,28 +150,45 @@ def load_module(
     On the CPU, tensors that already have `dtype` stay mapped from the file.
     Raises ConsistoryError that names tensors which are missing, unknown, or of another shape.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         module = build().requires_grad_(False).eval()
     expected = module.state_dict()
     missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
     if missing or unknown:
         problems = [f"{kind}: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
         raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {ADVICE}")
-    state = {}
-    for name, parameter in expected.items():
-        tensor = tensors.tensors[name]()
-        if tensor.shape != parameter.shape:
-            shapes = f"{name} is {list(tensor.shape)}, not {list(parameter.shape)}"
-            raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {ADVICE}")
-        state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+    state = {
+        name: _of_shape(parameter.shape, tensors, name).to(device=device, dtype=dtype).contiguous()
+        for name, parameter in expected.items()
+    }
     module.load_state_dict(state, assign=True)
     return module
 
 
+def _of_shape(shape: torch.Size, tensors: TensorSource, name: str) -> Tensor:
+    tensor = tensors.tensors[name]()
+    if tensor.shape != shape:
+        shapes = f"{name} is {list(tensor.shape)}, not {list(shape)}"
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {ADVICE}")
+    return tensor
+
+
+class _SkipInit(TorchFunctionMode):
+    """Random initialisation of meta tensors does nothing, but loads a compiler stack first: two seconds."""
+
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _weights_file(folder: Path, variant: str | None) -> Path:
-    """The safetensors file, or the index of the shards, among e.g. `model.safetensors`, `model.safetensors.index.fp16.json`."""
+    """The safetensors file or shard index, e.g. `model.safetensors` or `model.safetensors.index.fp16.json`."""
     found = {}
-    for path in folder.glob("*.safetensors*"):
+    for path in sorted(folder.glob("*.safetensors*")):
         stem, *middle = path.name.split(".")
         if stem in ("model", "diffusion_pytorch_model") and "-of-" not in path.name:
             found[next((part for part in middle if part not in ("safetensors", "index", "json")), None)] = path
@@ -180,12 +197,12 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
     if variant in found:
         return found[variant]
     if found:
-        there = ", ".join(sorted(name or "the plain one" for name in found))
-        raise ConsistoryError(f"{folder} has no weights of variant {variant}: choose one of these: {there}")
+        wanted, there = variant or "(none)", ", ".join(sorted(name or "(none)" for name in found))
+        raise ConsistoryError(f"{folder} has no weights of variant {wanted}: choose one that it has: {there}")
     pickled = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLED]
     if pickled:
         raise _pickled(pickled[0])
-    raise ConsistoryError(f"{folder} has no safetensors file: download the checkpoint folder again, with all of its files")
+    raise ConsistoryError(f"{folder} has no safetensors file: download the whole checkpoint folder again")
 
 
 def _open_sharded(path: Path) -> dict[str, Read]:
@@ -207,12 +224,12 @@ def _open(path: Path) -> dict[str, Read]:
         raise ConsistoryError(
             f"{path} is not a whole safetensors file ({error}): download it again (in a Git clone: git lfs pull)"
         ) from None
-    keys = (key for key in file.keys() if not any(re.fullmatch(pattern, key) for pattern in UNUSED))
-    return {key: partial(file.get_tensor, key) for key in keys}
+    needed = [key for key in file.keys() if not any(re.fullmatch(pattern, key) for pattern in UNUSED)]  # noqa: SIM118
+    return {key: partial(file.get_tensor, key) for key in needed}
 
 
 def _by_parameter(stored: Mapping[str, Read], by_original: Mapping[str, list[Rename]]) -> dict[str, Read]:
-    """Keys that the table does not know stay as they are: either both layouts name them alike, or no module has them."""
+    """Keys that the table does not know stay as they are: named alike in both layouts, or in no module."""
     return {
         name: partial(_read_as, layout, read)
         for key, read in stored.items()

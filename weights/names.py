@@ -1,7 +1,7 @@
-"""Two names for every tensor: the modules' (those of diffusers and transformers) and the original single-file SDXL layout's.
+"""Two names for every tensor: the modules', which are diffusers' and transformers', and the original single file's.
 
-A table is a list of `Rename`s, one for each module that the layouts name differently, made from the component's `config.json`.
-The library reads it from the original to the modules; nothing in it forbids the other way.
+A table is a list of `Rename`s, one for each module that the layouts name differently, made from the component's
+`config.json`. It can be read in both directions; loading needs original -> modules.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,7 +78,7 @@ VAE_CODER = {
     "conv_out": "conv_out",
 }
 VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-VAE_ATTENTION_BEFORE_2023 = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 OPEN_CLIP_ENDS = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -95,7 +95,7 @@ OPEN_CLIP_FUSED = {"q_proj": query_rows, "k_proj": key_rows, "v_proj": value_row
 
 
 def unet_table(config: Json) -> Iterator[Rename]:
-    """Original blocks are numbered through: input_blocks.n.0 is a residual block or a downsampler, .1 its transformer."""
+    """Original blocks are numbered through: input_blocks.n.0 is a residual block or downsampler, .1 its transformer."""
     yield from _under("", "", UNET_ENDS)
     levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
     n = 1
@@ -133,11 +133,12 @@ def vae_table(config: Json) -> Iterator[Rename]:
             attention, original_attention = f"{coder}.mid_block.attentions.0", f"{coder}.mid.attn_1"
             yield Rename(f"{attention}.{name}", f"{original_attention}.{original}", from_convolution)
     for level in range(levels):
+        mirrored = levels - 1 - level
         yield from _vae_blocks(f"encoder.down_blocks.{level}", f"encoder.down.{level}", blocks)
-        yield from _vae_blocks(f"decoder.up_blocks.{level}", f"decoder.up.{levels - 1 - level}", blocks + 1)
+        yield from _vae_blocks(f"decoder.up_blocks.{level}", f"decoder.up.{mirrored}", blocks + 1)
         if level < levels - 1:
             yield Rename(f"encoder.down_blocks.{level}.downsamplers.0.conv", f"encoder.down.{level}.downsample.conv")
-            yield Rename(f"decoder.up_blocks.{level}.upsamplers.0.conv", f"decoder.up.{levels - 1 - level}.upsample.conv")
+            yield Rename(f"decoder.up_blocks.{level}.upsamplers.0.conv", f"decoder.up.{mirrored}.upsample.conv")
 
 
 def _vae_blocks(name: str, original: str, blocks: int) -> Iterator[Rename]:
@@ -177,14 +178,14 @@ SINGLE_FILE = {
     "text_encoder_2": SingleFilePart("conditioner.embedders.1.model.", open_clip_table),
 }
 
-# Names that files in the folder layout use beside today's, by the library that wrote them: diffusers before 0.15 for the
-# attention of the VAE, transformers from version 5 for a text encoder without projection.
+# What some files in the folder layout say instead: old diffusers in the VAE's attention, and transformers since version
+# 5 in a text encoder without projection.
 FOLDER = {
     "unet": [],
     "vae": [
         Rename(f"{coder}.mid_block.attentions.0.{name}", f"{coder}.mid_block.attentions.0.{old}", from_convolution)
         for coder in ("encoder", "decoder")
-        for name, old in VAE_ATTENTION_BEFORE_2023.items()
+        for name, old in OLD_VAE_ATTENTION.items()
     ],
     "text_encoder": [Rename(f"text_model.{name}", name) for name in ("embeddings", "encoder", "final_layer_norm")],
     "text_encoder_2": [],

@@ -1,4 +1,4 @@
-"""Nearest patches in plain PyTorch: a slab of the distance matrix at a time, and on a CPU only the kept source patches."""
+"""Nearest patches in plain PyTorch: a slab of the distances at a time, and on a CPU only the kept source patches."""
 
 import torch
 from torch import Tensor

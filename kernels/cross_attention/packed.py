@@ -8,7 +8,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in `consistory.kernels.cross_attention`. The probabilities [B, H, P, T] are never in memory.
 
-    The fused attention kernels of PyTorch want q, k and v of one width, a multiple of 8: zero columns leave the scores unchanged.
+    The attention kernels of PyTorch want q, k and v of one width, a multiple of 8: zero columns leave the scores as
+    they are.
     """
     head_size, concepts = q.shape[-1], token_weights.shape[-1]
     extra = -(-concepts // 8) * 8

@@ -10,8 +10,8 @@ def extended_attention(
 ) -> Tensor:
     """Shapes as in `consistory.kernels.extended_attention`.
 
-    Packing needs the number of kept keys on the host. On a CPU that is free; on any other device it would stall the queue,
-    so there the keys stay where they are and a mask hides the others.
+    Packing needs the number of kept keys on the host. On a CPU that is free; on any other device it would stall the
+    queue, so there the keys stay where they are and a mask hides those that are not read.
     """
     attend = _attend_packed if q.device.type == "cpu" else _attend_masked
     return attend(q, k, v, anchor_k, anchor_v, key_mask, share)
@@ -20,7 +20,7 @@ def extended_attention(
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
 ) -> Tensor:
-    """One attention call for each distinct row of `share`: A + 1 when the anchors see each other and all others see the anchors."""
+    """One call for each distinct row of `share`: A + 1 when anchors see each other and all others see the anchors."""
     out = torch.empty_like(q)
     like = (share[:, None] == share).all(-1).int().argmax(-1)  # [N]: the first image that reads the same anchors
     for first in like.unique():
@@ -41,7 +41,7 @@ def _join(own: Tensor, anchors: Tensor, anchor: Tensor, patch: Tensor) -> Tensor
 def _attend_masked(
     q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
 ) -> Tensor:
-    """One attention call over all keys of all anchors, the unread ones hidden by a mask. Nothing is skipped, nothing synchronises."""
+    """One call over all keys of all anchors, those not read under a mask. Nothing is skipped, nothing synchronises."""
     halves, images, _, patches, _ = q.shape
     reads = (share[:, :, None] & key_mask).flatten(1)  # [N, A * P]
     mask = torch.cat([reads.new_ones(images, patches), reads], dim=1)

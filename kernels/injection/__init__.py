@@ -24,9 +24,10 @@ def inject(
     source_index    int64 [N, P], which patch of the source image
     source_image    int64 [N, P], which anchor: 0 ... A - 1
     inject_mask     bool [N, P]
-    anchors         the first `anchors` images are the sources. They are blended one after the other, so a later one draws
-                    from an earlier one that is blended already; then all the rest, from blended anchors
-    anchor_x        [A, P, C] recorded, already blended anchors: the sources when the batch holds none (`anchors` is not used)
+    anchors         the first `anchors` images are the sources. They are blended one after the other, so a later one
+                    draws from an earlier one that is blended already; then all the rest, from blended anchors
+    anchor_x        [A, P, C] recorded, already blended anchors: then these are the sources of every image, and
+                    `anchors` is not used
     returns         a new tensor [N, P, C]
 
     Raises ValueError for an unknown backend.

@@ -12,11 +12,11 @@ def otsu_threshold(x: Tensor) -> Tensor:
     """The threshold that maximises the variance between the values above it and those below it (Otsu 1979).
 
     x           [..., n] finite float32 or float64; every row is a map of its own
-    returns     [...], dtype of x: the centre of one of 256 equal bins between the row's minimum and maximum, the lowest of equally
-                good ones; a constant row gives its value, so that nothing lies above
+    returns     [...], dtype of x: the centre of one of 256 equal bins between the row's minimum and maximum, the
+                lowest of equally good ones; a constant row gives its value, so that nothing lies above
 
-    A value belongs to the subject when it is greater than the threshold. Equals scikit-image's `threshold_otsu`, except that classes
-    are compared in exact arithmetic, so that the choice between equally good bins is the same on every device.
+    Values greater than the threshold are the upper class. This is scikit-image's `threshold_otsu` with the classes
+    compared in exact arithmetic, so that the choice between equally good bins is the same on every device.
     """
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     edges = _bin_edges(low, high)
@@ -27,7 +27,7 @@ def otsu_threshold(x: Tensor) -> Tensor:
 
 
 def _bin_edges(low: Tensor, high: Tensor) -> Tensor:
-    """[..., 1] each -> [..., 257]. Computed in float64 and rounded once, as numpy 1's histogram of a float32 array does."""
+    """[..., 1] each -> [..., 257]. In float64 and rounded once, as numpy 1 does for a float32 histogram."""
     start, stop = low.double(), high.double()
     ramp = torch.arange(BINS, dtype=torch.float64, device=low.device)
     return torch.cat([(start + ramp * ((stop - start) / BINS)).to(low.dtype), high], dim=-1)
@@ -39,10 +39,10 @@ def _histogram(bins: Tensor) -> Tensor:
 
 
 def _variance_between(count: Tensor) -> Tensor:
-    """int64 [..., 256] -> float64 [..., 255]: up to a factor, the variance between the bins up to each bin and those after it.
+    """int64 [..., 256] -> float64 [..., 255]: up to a factor, the variance between the values up to a bin and the rest.
 
-    weight1 * weight2 * (mean1 - mean2)^2 with means in units of bins = (sum1 * weight2 - sum2 * weight1)^2 / (weight1 * weight2),
-    whose parts are integers: adding empty bins changes nothing, so plateaus are exact.
+    With means in units of bins, weight1 * weight2 * (mean1 - mean2)^2 is (sum1 * weight2 - sum2 * weight1)^2 /
+    (weight1 * weight2), whose parts are integers: an empty bin changes nothing, so plateaus are exact.
     """
     number = torch.arange(BINS, device=count.device)
     weight, total = count.cumsum(-1), (count * number).cumsum(-1)

@@ -1,10 +1,10 @@
 """The sprites world: cartoon scenes drawn with anti-aliased signed-distance shapes, and captions that describe them.
 
-A scene has a setting and a subject whose colours, pattern, place, size and facing the caption mostly leaves open: what a
-text-to-image model must invent for each picture, and what consistent generation must hold fixed between pictures.
+A scene has a setting and a subject whose colours, pattern, place, size and facing the caption mostly leaves open: what
+a text-to-image model must invent for each picture, and what consistent generation must hold fixed between pictures.
 
-Positions and distances are in scene units: the picture spans [0, 64] in both directions, y pointing down, at any resolution.
-A signed distance is negative inside its shape. Source of the shapes' formulas: Inigo Quilez, "2D distance functions".
+Positions and distances are in scene units: the picture spans [0, 64] both ways, y pointing down, at any resolution. A
+signed distance is negative inside its shape. Source of the shapes' formulas: Inigo Quilez, "2D distance functions".
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ Value = Tensor | float  # a scalar for all samples, or [B, 1, 1]
 class Scenes:
     """A batch of B scenes; every field is a tensor of length B.
 
-    Indices are int64 into `SUBJECTS`, `SETTINGS`, `COLOUR_NAMES` and `PATTERNS`. x, y are the subject's centre and size its
-    box, in scene units; facing is +1 (right) or -1 (left). Fields ending in 2 describe a second subject, absent where
-    subject2 is -1. jitter [B, 8] in [0, 1) varies the background.
+    Indices are int64 into `SUBJECTS`, `SETTINGS`, `COLOUR_NAMES` and `PATTERNS`. x, y are the subject's centre and size
+    its box, in scene units; facing is +1 (right) or -1 (left). Fields ending in 2 describe a second subject, absent
+    where subject2 is -1. jitter [B, 8] in [0, 1) varies the background.
     """
 
     setting: Tensor

@@ -1,0 +1,176 @@
+"""Compile the Triton kernels for a GPU that need not be there, and print what the compiler made of them.
+
+    python bench/aot.py              # a table for sm_80 and sm_90
+    python bench/aot.py --json       # the same, to be read by a program
+
+HGMMA (Hopper) and HMMA (Ampere) are the matrix instructions: no HGMMA on sm_90 means the slow path. Spills are registers
+moved to memory and back: a block too large for its warps.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from consistory.kernels.extended_attention import fused as extended_attention
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+STRIDES = ("i32",) * 4 + ("constexpr",)  # of a [G, N, H, P, d] tensor: the last is 1
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel with the arguments it would be called with: run-time types by name, constants, and launch options."""
+
+    name: str
+    kernel: Any
+    types: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program takes: registers a thread, stack in bytes a thread, spilling instructions, shared bytes."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def attention(head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None) -> Specimen:
+    width, pointer = triton.next_power_of_2(head_size), f"*{TYPES[dtype]}"
+    tile = tile or extended_attention.tile_for(head_size, dtype)
+    tensors = {f"{x}_{part}": t for x in ("q", "vanilla", "k", "v", "out") for part, t in (("ptr", pointer), ("strides", STRIDES))}
+    return Specimen(
+        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}",
+        kernel=extended_attention.attend_kernel,
+        types=tensors
+        | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "share_ptr": "*u8"}
+        | {"weight": "fp32", "scale": "fp32", "images": "i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
+        constants={"BLEND": True, "HEAD_SIZE": head_size, "WIDTH": width, "QUERIES": tile.queries, "KEYS": tile.keys, "EVEN": patches % tile.keys == 0},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def pack(head_size: int, dtype: torch.dtype, patches: int) -> Specimen:
+    pointer = f"*{TYPES[dtype]}"
+    return Specimen(
+        name=f"pack d={head_size} {TYPES[dtype]} P={patches}",
+        kernel=extended_attention.pack_kernel,
+        types={"k_ptr": pointer, "k_strides": STRIDES, "v_ptr": pointer, "v_strides": STRIDES, "mask_ptr": "*u8"}
+        | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
+        constants={
+            "HEAD_SIZE": head_size,
+            "WIDTH": triton.next_power_of_2(head_size),
+            "ROWS": extended_attention.PACK_ROWS,
+            "MASK_SIZE": patches,
+        },
+    )
+
+
+def specimens() -> list[Specimen]:
+    """Everything SDXL launches, and the head sizes at the ends."""
+    half = torch.float16
+    return [
+        attention(64, half, 4096),
+        attention(64, half, 3952),
+        attention(64, torch.bfloat16, 4096),
+        attention(16, half, 4096),
+        attention(40, half, 4096),
+        attention(128, half, 4096),
+        attention(64, torch.float32, 4096),
+        pack(64, half, 4096),
+    ]
+
+
+def compile_for(arch: int, specimen: Specimen) -> Resources:
+    """Compile for compute capability `arch` (90 for H100 and H200, 80 for A100) and read the assembler's report."""
+    built = triton.compile(
+        _source(specimen),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": specimen.warps, "num_stages": specimen.stages, "enable_fp_fusion": True},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        code, usage = _cuobjdump("--dump-sass", cubin), _cuobjdump("--dump-resource-usage", cubin)
+    mix = Counter(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code))
+    return Resources(
+        name=specimen.name,
+        arch=arch,
+        registers=int(_group(r"REG:(\d+)", usage)),
+        stack=int(_group(r"STACK:(\d+)", usage)),
+        spills=mix["STL"] + mix["LDL"],
+        shared=built.metadata.shared,
+        instructions={op: mix[op] for op in ("HGMMA", "HMMA", "MUFU", "FFMA", "LDGSTS") if mix[op]},
+    )
+
+
+def _source(specimen: Specimen) -> ASTSource:
+    """The kernel as its launcher would specialise it: pointers and strides divisible by 16, the last stride 1."""
+    names = specimen.kernel.arg_names
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+    for i, name in enumerate(names):
+        if name in specimen.constants:
+            signature[name], constants[(i,)] = "constexpr", specimen.constants[name]
+            continue
+        signature[name] = specimen.types[name]
+        if isinstance(signature[name], tuple):
+            last = len(signature[name]) - 1
+            constants[(i, last)] = 1
+            divisible += [(i, axis) for axis in range(last)]
+        elif signature[name].startswith("*") or name == "patches":
+            divisible.append((i,))
+    attributes = {path: [["tt.divisibility", 16]] for path in divisible}
+    return ASTSource(specimen.kernel, signature, constants, attributes)
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    return subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _group(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found, f"the assembler did not report {pattern}"
+    return found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    arguments = parser.parse_args()
+    found = [compile_for(arch, specimen) for arch in arguments.arch for specimen in specimens()]
+    if arguments.json:
+        print(json.dumps([asdict(each) for each in found]))
+        return
+    for each in found:
+        mix = " ".join(f"{op}:{n}" for op, n in each.instructions.items())
+        print(
+            f"sm_{each.arch} {each.name:40} {each.registers:3} registers, {each.spills} spills, "
+            f"{each.stack} B stack, {each.shared // 1024} KiB shared, {mix}"
+        )
+
+
+if __name__ == "__main__":
+    main()

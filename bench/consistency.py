@@ -1,0 +1,102 @@
+"""Does the method keep a subject? Seeded stories on `sprites`, with and without it, judged by the oracle.
+
+    python bench/consistency.py                 # 40 sets of 5 settings -> bench/results/consistency.json
+    python bench/consistency.py --sets 4        # a quick look
+
+For every set: one subject, five settings, one seed per picture. "Agreement" is the share of picture pairs of a set that
+agree in an attribute which the prompt leaves open; "accuracy" is the share of pictures that show what the prompt asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from consistory import ConsiStory, ConsistoryConfig
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+
+IMAGES = 5
+ATTRIBUTES = ("main", "second", "pattern")
+CONFIGS: dict[str, Callable[[], ConsistoryConfig]] = {
+    "vanilla": ConsistoryConfig.vanilla,
+    "consistory": ConsistoryConfig,
+    "no injection": lambda: replace(ConsistoryConfig(), injection=False),
+    "no sdsa": lambda: replace(ConsistoryConfig(), sdsa=False),
+    "reference": ConsistoryConfig.reference,
+    "paper": ConsistoryConfig.paper,
+}
+
+
+def draw_set(number: int) -> tuple[str, list[str]]:
+    """The subject and the settings of a set, the same in every run."""
+    rng = np.random.default_rng(number)
+    settings = rng.choice(len(SETTINGS), IMAGES, replace=False)
+    return SUBJECTS[number % len(SUBJECTS)], [SETTINGS[i] for i in settings]
+
+
+def judge(pipe: ConsiStory, oracle: Oracle, config: ConsistoryConfig, number: int, steps: int) -> dict[str, float]:
+    """Scores of one set: accuracies over pictures and agreements over pairs of pictures."""
+    subject, settings = draw_set(number)
+    story = pipe(
+        subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps, config=config
+    )
+    reading = oracle.read(story.images)
+    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
+    scores = {
+        "subject": (reading.subject == SUBJECTS.index(subject)).float().mean().item(),
+        "setting": (reading.setting == wanted).float().mean().item(),
+    }
+    for name in ATTRIBUTES:
+        values = getattr(reading, name).tolist()
+        scores[name] = float(np.mean([a == b for a, b in combinations(values, 2)]))
+    triples = list(zip(*(getattr(reading, name).tolist() for name in ATTRIBUTES), strict=True))
+    scores["all three"] = float(np.mean([a == b for a, b in combinations(triples, 2)]))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--model", default="sprites")
+    parser.add_argument("--configs", nargs="+", default=["vanilla", "consistory"], choices=CONFIGS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "consistency.json")
+    args = parser.parse_args()
+
+    pipe, oracle = ConsiStory.from_pretrained(args.model), Oracle.load()
+    rows = {}
+    for name in args.configs:
+        start = time.perf_counter()
+        sets = range(args.sets)
+        scores = [judge(pipe, oracle, CONFIGS[name](), i, args.steps) for i in tqdm(sets, desc=name, leave=False)]
+        rows[name] = {
+            score: {
+                "mean": float(np.mean([s[score] for s in scores])),
+                "standard error": float(np.std([s[score] for s in scores], ddof=1) / len(scores) ** 0.5),
+            }
+            for score in scores[0]
+        } | {"seconds per set": (time.perf_counter() - start) / args.sets}
+        cells = [f"{score} {100 * value['mean']:.1f} ± {100 * value['standard error']:.1f}"
+                 for score, value in rows[name].items() if isinstance(value, dict)]  # fmt: skip
+        print(f"{name:14}", " | ".join(cells), f"| {rows[name]['seconds per set']:.1f} s a set", flush=True)
+
+    about = {
+        "sets": args.sets, "images per set": IMAGES, "steps": args.steps, "model": args.model,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
+    }  # fmt: skip
+    args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

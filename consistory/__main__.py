@@ -1,0 +1,7 @@
+"""`python -m consistory` is the command `consistory`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

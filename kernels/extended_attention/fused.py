@@ -1,0 +1,213 @@
+"""Extended attention in Triton: two launches a layer, work proportional to the kept keys, no host synchronisation.
+
+`pack` moves every anchor's kept keys and values together and leaves their number on the device. `attend` streams an
+image's own keys, then the packed keys of each anchor it reads, through one online softmax (FlashAttention-2, Dao 2023).
+The launches do not depend on what the masks hold, so a CUDA graph can replay them.
+"""
+
+from math import log2
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PACK_ROWS = 64
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one block, and the resources of the program that holds it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_for(head_size: int, dtype: torch.dtype) -> Tile:
+    """The largest block that spills no register: two programs fit on a Hopper multiprocessor at head size 64."""
+    if dtype == torch.float32:
+        return Tile(queries=64, keys=32, warps=8, stages=2)
+    return Tile(queries=128, keys=64, warps=4 if head_size in (16, 32, 64) else 8, stages=3)
+
+
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    anchor_k: Tensor,
+    anchor_v: Tensor,
+    key_mask: Tensor,
+    share: Tensor,
+    q_blend: tuple[Tensor, float] | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Shapes as in `consistory.kernels.extended_attention`; rows of d values contiguous, other strides free.
+
+    The result is laid out [G, N, P, H, d], so that joining its heads is a view.
+    """
+    packed_k, packed_v, length = pack(anchor_k, anchor_v, key_mask)
+    return attend(q, k, v, packed_k, packed_v, length, share, q_blend, tile)
+
+
+def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the kept rows of every anchor to its front, in order.
+
+    anchor_k, _v    [G, A, H, P, d]
+    key_mask        bool [A, P]
+    returns         packed_k, packed_v [G, A, H, P, d], defined up to each anchor's length, and length int32 [A]
+    """
+    halves, anchors, heads, patches, head_size = anchor_k.shape
+    packed_k, packed_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v))
+    length = torch.empty(anchors, dtype=torch.int32, device=anchor_k.device)
+    if anchors:
+        grid = (triton.cdiv(patches, PACK_ROWS), heads, halves * anchors)
+        pack_kernel[grid](
+            anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.contiguous().view(torch.uint8),
+            packed_k, packed_v, length, anchors, heads, patches,
+            HEAD_SIZE=head_size, WIDTH=triton.next_power_of_2(head_size),
+            ROWS=PACK_ROWS, MASK_SIZE=triton.next_power_of_2(patches), enable_fp_fusion=True,
+        )  # fmt: skip
+    return packed_k, packed_v, length
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_k: Tensor,
+    packed_v: Tensor,
+    length: Tensor,
+    share: Tensor,
+    q_blend: tuple[Tensor, float] | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d]."""
+    halves, images, heads, patches, head_size = q.shape
+    width = triton.next_power_of_2(head_size)
+    tile = tile or tile_for(head_size, q.dtype)
+    q_vanilla, weight = q_blend if q_blend is not None else (q, 0.0)
+    out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
+    attend_kernel[(triton.cdiv(patches, tile.queries), heads, halves * images)](
+        q, q.stride(), q_vanilla, q_vanilla.stride(), k, k.stride(), v, v.stride(),
+        packed_k, packed_v, length, share.contiguous().view(torch.uint8), out, out.stride(),
+        weight, log2(torch.e) / head_size**0.5, images, share.shape[1], heads, patches,
+        BLEND=q_blend is not None, HEAD_SIZE=head_size, WIDTH=width,
+        QUERIES=tile.queries, KEYS=tile.keys, EVEN=patches % tile.keys == 0,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def offset(strides, half, image, head):
+    """Where a [G, N, H, P, d] tensor holds the rows of one head. 64 bit: the whole tensor may have more than 2^31 values."""
+    return half.to(tl.int64) * strides[0] + image.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_rows(ptr, stride, row, rows, ALL: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """The given rows, zeros beyond `rows` and `HEAD_SIZE`: [R] -> [R, WIDTH]. ALL: every row is below `rows`."""
+    column = tl.arange(0, WIDTH)
+    address = ptr + row[:, None] * stride + column[None, :]
+    if ALL and HEAD_SIZE == WIDTH:
+        return tl.load(address)
+    else:
+        return tl.load(address, mask=(row < rows)[:, None] & (column < HEAD_SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def pack_kernel(
+    k_ptr, k_strides, v_ptr, v_strides, mask_ptr,
+    packed_k_ptr, packed_v_ptr, length_ptr, anchors, heads, patches,
+    HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program a block of rows, a head, a half and anchor. mask uint8 [A, P]."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    half, anchor = tl.program_id(2) // anchors, tl.program_id(2) % anchors
+
+    # Every program counts the kept rows before its own: a few kilobytes from cache, and no launch for a prefix sum.
+    patch = tl.arange(0, MASK_SIZE)
+    before = tl.load(mask_ptr + anchor * patches + patch, mask=patch < block * ROWS, other=0).to(tl.int32)
+    row = block * ROWS + tl.arange(0, ROWS)
+    kept = tl.load(mask_ptr + anchor * patches + row, mask=row < patches, other=0).to(tl.int32)
+    end = tl.sum(before) + tl.cumsum(kept)
+    if block == tl.num_programs(0) - 1 and half + head == 0:
+        tl.store(length_ptr + anchor, tl.max(end))
+
+    column = tl.arange(0, WIDTH)
+    copied = (kept != 0)[:, None] & (column < HEAD_SIZE)[None, :]
+    first_row = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches
+    place = (first_row + end - kept)[:, None] * HEAD_SIZE + column[None, :]
+    k = tl.load(k_ptr + offset(k_strides, half, anchor, head) + row[:, None] * k_strides[3] + column[None, :], mask=copied)
+    v = tl.load(v_ptr + offset(v_strides, half, anchor, head) + row[:, None] * v_strides[3] + column[None, :], mask=copied)
+    tl.store(packed_k_ptr + place, k, mask=copied)
+    tl.store(packed_v_ptr + place, v, mask=copied)
+
+
+@triton.jit
+def stream(
+    q, acc, l, m, k_ptr, k_stride, v_ptr, v_stride, length, scale,
+    EVEN: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Fold `length` keys into the online softmax: acc [Q, WIDTH], its normaliser l [Q] and the running maximum m [Q].
+
+    EVEN: length is a multiple of KEYS, so no block needs a mask.
+    """
+    for start in range(0, length, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, k_stride, key, length, EVEN, HEAD_SIZE, WIDTH)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not EVEN:
+            scores = tl.where((key < length)[None, :], scores, float("-inf"))
+        new_m = tl.maximum(m, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new_m[:, None])
+        decay = tl.exp2(m - new_m)
+        v = load_rows(v_ptr, v_stride, key, length, EVEN, HEAD_SIZE, WIDTH)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        l = l * decay + tl.sum(p, 1)
+        m = new_m
+    return acc, l, m
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, q_strides, vanilla_ptr, vanilla_strides, k_ptr, k_strides, v_ptr, v_strides,
+    packed_k_ptr, packed_v_ptr, length_ptr, share_ptr, out_ptr, out_strides,
+    weight, scale, images, anchors, heads, patches,
+    BLEND: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One program a block of queries, a head, a half and image. share uint8 [N, A]; scale = log2(e) / sqrt(d)."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    half, image = tl.program_id(2) // images, tl.program_id(2) % images
+
+    row = block * QUERIES + tl.arange(0, QUERIES)
+    q = load_rows(q_ptr + offset(q_strides, half, image, head), q_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
+    if BLEND:
+        vanilla_ptr += offset(vanilla_strides, half, image, head)
+        q_vanilla = load_rows(vanilla_ptr, vanilla_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
+        q = ((1 - weight) * q + weight * q_vanilla).to(q.dtype)
+
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    l = tl.zeros([QUERIES], tl.float32)
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    own_k = k_ptr + offset(k_strides, half, image, head)
+    own_v = v_ptr + offset(v_strides, half, image, head)
+    acc, l, m = stream(
+        q, acc, l, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, EVEN, HEAD_SIZE, WIDTH, KEYS
+    )
+    for anchor in range(anchors):
+        reads = tl.load(share_ptr + image * anchors + anchor) != 0
+        length = tl.load(length_ptr + anchor, mask=reads, other=0)
+        first = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches * HEAD_SIZE
+        acc, l, m = stream(
+            q, acc, l, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE, length, scale,
+            False, HEAD_SIZE, WIDTH, KEYS,
+        )  # fmt: skip
+
+    column = tl.arange(0, WIDTH)
+    address = out_ptr + offset(out_strides, half, image, head) + row[:, None] * out_strides[3] + column[None, :]
+    out = acc / l[:, None]
+    tl.store(address, out.to(out_ptr.dtype.element_ty), mask=(row < patches)[:, None] & (column < HEAD_SIZE)[None, :])

@@ -1,0 +1,461 @@
+"""The command, from arguments to files; most tests run it in this process, on the embedded or the recorded model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from consistory import ConsiStory, ConsistoryConfig, FreeU, QueryBlend
+from consistory.cli import main
+
+Capture = pytest.CaptureFixture[str]
+CAT = ["a cat", "--settings", "on the beach", "in the snow"]
+
+
+def command(*arguments: str | Path) -> int:
+    """The exit code of a command line, wherever it comes from."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        assert isinstance(exit.code, int)
+        return exit.code
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- the main job, on sprites -----------------------------------------------------------------------------------------
+
+
+def test_sprites_tell_a_story(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "story"
+    assert command(*CAT, "in space", "--steps", "4", "--out", out) == 0
+    assert sorted(contents(out)) == ["01.png", "02.png", "03.png", "grid.png", "story.json"]
+    images = [np.asarray(Image.open(out / f"0{i}.png")) for i in (1, 2, 3)]
+    assert all(image.shape == (64, 64, 3) and image.std() > 5 for image in images)
+    assert not np.array_equal(images[0], images[1])
+    assert Image.open(out / "grid.png").size == (3 * 256 + 2 * 4, 256)
+    assert Image.open(out / "03.png").text["prompt"] == "a cat in space"
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == f"The story is in {out}: look at {out / 'grid.png'}"
+    assert shown.err == ""
+
+
+def test_the_same_command_gives_the_same_files(tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        assert command(*CAT, "--steps", "4", "--seed", "3", "--out", tmp_path / out) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_seed_and_method_change_the_pictures(tmp_path: Path) -> None:
+    variants = {"plain": "--seed 0", "seed": "--seed 9", "vanilla": "--vanilla", "anchors": "--anchors 1"}
+    for out, options in variants.items():
+        assert command(*CAT, "--steps", "4", *options.split(), "--out", tmp_path / out) == 0
+    pictures = {np.asarray(Image.open(tmp_path / out / "02.png")).tobytes() for out in variants}
+    assert len(pictures) == len(variants)
+
+
+OTHER_FACTS = {"version", "model", "dtype", "seeds", "files", "grid"}  # of a record: not arguments of the call
+
+
+def test_the_record_makes_the_same_pictures(tmp_path: Path) -> None:
+    options = ["--steps", "3", "--seed", "5", "8", "--style", "a picture of", "--dropout", "0.25", "--freeu"]
+    options += ["--preset", "reference", "--anchors", "1", "--guidance", "3", "--negative", "a robot", "--width", "96"]
+    assert command(*CAT, *options, "--out", tmp_path) == 0
+    record = json.loads((tmp_path / "story.json").read_text("utf-8"))
+    files, parameters = record.pop("files"), {key: record[key] for key in record.keys() - OTHER_FACTS}
+    config = record["config"]
+    parameters["config"] = ConsistoryConfig(
+        **{**config, "query_blend": QueryBlend(**config["query_blend"]), "freeu": FreeU(**config["freeu"])}
+    )
+    again = ConsiStory.from_pretrained(record["model"])(seed=record["seeds"], **parameters)
+    for name, image in zip(files, again.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), image)
+
+
+def test_python_m_consistory_is_the_command(tmp_path: Path) -> None:
+    arguments = [*CAT, "--steps", "2", "--vanilla", "--out", "there"]
+    done = subprocess.run(
+        [sys.executable, "-m", "consistory", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"The story is in there: look at {Path('there') / 'grid.png'}"
+    assert (tmp_path / "there" / "02.png").exists()
+
+
+# --- what the user can mend -------------------------------------------------------------------------------------------
+
+
+MALFORMED: dict[str, tuple[list[str], str]] = {
+    "no arguments": ([], "SUBJECT"),
+    "no settings": (["a cat"], "--settings"),
+    "zero images": (["a cat", "--settings"], "--settings: expected at least one argument"),
+    "unknown option": ([*CAT, "--colour", "red"], "--colour"),
+    "shortened option": ([*CAT, "--drop", "0.5"], "--drop"),
+    "steps in words": ([*CAT, "--steps", "many"], "'many'"),
+    "seed in words": ([*CAT, "--seed", "lucky"], "'lucky'"),
+    "dropout over 1": ([*CAT, "--dropout", "1.5"], "use 0 to 1"),
+    "dropout in words": ([*CAT, "--dropout", "half"], "'half'"),
+    "unknown type": ([*CAT, "--dtype", "int8"], "float16"),
+    "unknown preset": ([*CAT, "--preset", "best"], "paper"),
+    "preset and vanilla": ([*CAT, "--preset", "paper", "--vanilla"], "not allowed with"),
+    "two models": ([*CAT, "--model", "a", "--single-file", "b"], "not allowed with"),
+}
+UNFIT: dict[str, tuple[list[str], str]] = {
+    "empty subject": (["", "--settings", "in space"], "no subject is given"),
+    "more than 100 images": (["a cat", "--settings", *["in space"] * 101], "1 to 100"),
+    "absent concept": ([*CAT, "--concept", "dog"], "'dog'"),
+    "subject without a noun": (["with a hat", "--settings", "in space"], "name the word that stands for it"),
+    "no steps": ([*CAT, "--steps", "0"], "use 1 to 1000"),
+    "too many steps": ([*CAT, "--steps", "1001"], "use 1 to 1000"),
+    "guidance not a number": ([*CAT, "--guidance", "nan"], "use about 5"),
+    "no anchors": ([*CAT, "--anchors", "0"], "use 1 to 2"),
+    "more anchors than images": ([*CAT, "--anchors", "3"], "use 1 to 2"),
+    "width not divisible": ([*CAT, "--width", "250"], "multiples of 32"),
+    "negative height": ([*CAT, "--height", "-64"], "multiples of 32"),
+    "seeds for other images": ([*CAT, "--seed", "1", "2", "3"], "give one seed, or one per picture"),
+    "negative seed": ([*CAT, "--seed", "-1"], "use whole numbers from 0"),
+    "unknown device": ([*CAT, "--device", "abacus"], "use cpu, cuda or mps"),
+    "absent device": ([*CAT, "--device", "cuda:99"], "use cpu, cuda or mps"),
+    "absent variant": ([*CAT, "--variant", "fp8"], "fp8"),
+}
+
+
+def check_mistake(arguments: list[str], hint: str, out: Path, capsys: Capture) -> None:
+    """Exit code 2 and one line with a hint on stderr, nothing on stdout; the output folder is not there."""
+    assert command(*arguments, "--out", out) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("consistory: error: ") and hint in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments, hint", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_arguments(arguments: list[str], hint: str, tmp_path: Path, capsys: Capture) -> None:
+    check_mistake(arguments, hint, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("arguments, hint", UNFIT.values(), ids=UNFIT.keys())
+def test_arguments_that_do_not_fit(
+    arguments: list[str], hint: str, tmp_path: Path, capsys: Capture, golden_weights: Path
+) -> None:
+    check_mistake([*arguments, "--model", str(golden_weights)], hint, tmp_path / "new" / "out", capsys)
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+
+
+def truncated(path: Path) -> None:
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 4, 3, 3)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def stable_diffusion_1(path: Path) -> None:
+    save_file({"cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.zeros(8)}, path)
+
+
+def unrelated(path: Path) -> None:
+    save_file({"classifier.weight": torch.zeros(8)}, path)
+
+
+FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (lambda path: None, "there is no file"),
+    "empty": (empty, "download it again"),
+    "not a checkpoint": (text, "git lfs pull"),
+    "truncated": (truncated, "download it again"),
+    "another family": (stable_diffusion_1, "give an SDXL base checkpoint"),
+    "other weights": (unrelated, "give a whole SDXL base checkpoint"),
+    "a folder": (Path.mkdir, "checkpoint folder"),
+}
+
+
+@pytest.mark.parametrize("make, hint", FILES.values(), ids=FILES.keys())
+def test_files_that_are_no_checkpoint(make: Callable[[Path], None], hint: str, tmp_path: Path, capsys: Capture) -> None:
+    make(tmp_path / "model.safetensors")
+    check_mistake([*CAT, "--single-file", str(tmp_path / "model.safetensors")], hint, tmp_path / "out", capsys)
+
+
+def test_a_pickled_file_is_not_opened(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"not even looked at")
+    check_mistake([*CAT, "--single-file", str(tmp_path / "model.ckpt")], "pickled", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, empty], ids=["missing", "empty folder", "a file"])
+def test_folders_that_are_no_checkpoint(make: Callable[[Path], None], tmp_path: Path, capsys: Capture) -> None:
+    make(tmp_path / "model")
+    check_mistake([*CAT, "--model", str(tmp_path / "model")], str(tmp_path / "model"), tmp_path / "out", capsys)
+
+
+def test_an_output_folder_that_cannot_be_is_told_before_loading(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consistory.model.ConsiStory", None)  # any use of it would be another error
+    (tmp_path / "mine").write_text("mine")
+    assert command(*CAT, "--out", tmp_path / "mine") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("consistory: error: ") and "choose another folder" in line
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_mistake_leaves_an_earlier_story_alone(tmp_path: Path, golden_weights: Path) -> None:
+    (tmp_path / "story.json").write_text("earlier")
+    (tmp_path / "01.png").write_text("earlier")
+    before = contents(tmp_path)
+    assert command(*CAT, "--model", golden_weights, "--anchors", "5", "--out", tmp_path) == 2
+    assert contents(tmp_path) == before
+
+
+def test_a_mistake_shows_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    arguments = [*CAT, "--model", "nowhere"]
+    done = subprocess.run(
+        [sys.executable, "-m", "consistory", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("consistory: error: ") and "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_too_long_is_a_warning(tmp_path: Path, capsys: Capture, golden_weights: Path) -> None:
+    small = ["--model", golden_weights, "--steps", "1", "--width", "64", "--height", "64", "--vanilla"]
+    assert command("a cat", "--settings", "very " * 80 + "far away", *small, "--out", tmp_path) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("consistory: warning: ") and "far away" in line
+
+
+# --- options, on a model that only listens ----------------------------------------------------------------------------
+
+
+class Listener:
+    """Stands for ConsiStory: notes how it is loaded and called, and does as it is told."""
+
+    def __init__(self, act: Callable[[Callable[[int, int], None]], None] = lambda on_step: None) -> None:
+        self.act = act
+        self.loaded: tuple[Any, ...] = ()
+        self.called: dict[str, Any] = {}
+        self.saved: list[Path] = []
+
+    def from_pretrained(self, name: str, **options: Any) -> Listener:
+        self.loaded = ("folder", name, options)
+        return self
+
+    def from_single_file(self, path: str, **options: Any) -> Listener:
+        self.loaded = ("file", path, options)
+        return self
+
+    def __call__(self, **arguments: Any) -> Listener:
+        self.called = arguments
+        self.act(arguments.pop("on_step"))
+        return self
+
+    def save(self, folder: Path) -> None:
+        self.saved.append(folder)
+
+
+@pytest.fixture
+def listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Listener]:
+    monkeypatch.chdir(tmp_path)
+
+    def install(act: Callable[[Callable[[int, int], None]], None] = lambda on_step: None) -> Listener:
+        listener = Listener(act)
+        monkeypatch.setattr("consistory.model.ConsiStory", listener)
+        return listener
+
+    return install
+
+
+def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    listener = listen()
+    assert command(*CAT) == 0
+    assert listener.loaded == ("folder", "sprites", {"device": "cpu", "dtype": torch.float32, "variant": None})
+    assert listener.called == {
+        "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
+        "steps": 50, "guidance": 5.0, "negative_prompt": None, "anchors": None, "width": None, "height": None,
+        "config": ConsistoryConfig(),
+    }
+    assert listener.saved == [Path("story")]
+
+
+def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
+    listener = listen()
+    options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
+    options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
+    options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16"
+    assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
+    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", {"device": "mps", "dtype": torch.bfloat16})
+    config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
+    assert listener.called == {
+        "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
+        "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
+        "anchors": 1, "width": 832, "height": 1216,
+        "config": config,
+    }
+    assert listener.saved == [Path("there")]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], ConsistoryConfig()),
+        (["--preset", "default"], ConsistoryConfig()),
+        (["--preset", "paper"], ConsistoryConfig.paper()),
+        (["--preset", "reference"], ConsistoryConfig.reference()),
+        (["--vanilla"], ConsistoryConfig.vanilla()),
+        (["--vanilla", "--freeu"], replace(ConsistoryConfig.vanilla(), freeu=FreeU())),
+        (["--no-freeu"], ConsistoryConfig(freeu=None)),
+        (["--dropout", "0"], ConsistoryConfig(dropout=0.0)),
+    ],
+)
+def test_the_method(options: list[str], expected: ConsistoryConfig, listen: Callable[..., Listener]) -> None:
+    listener = listen()
+    assert command(*CAT, *options) == 0
+    assert listener.called["config"] == expected
+
+
+@pytest.mark.parametrize(
+    "options, cuda, device, dtype",
+    [
+        ([], True, "cuda", torch.float16),
+        ([], False, "cpu", torch.float32),
+        (["--device", "cpu"], True, "cpu", torch.float32),
+        (["--device", "cuda:1"], True, "cuda:1", torch.float16),
+        (["--dtype", "float32"], True, "cuda", torch.float32),
+        (["--device", "mps"], False, "mps", torch.float32),
+    ],
+)
+def test_device_and_type(
+    options: list[str], cuda: bool, device: str, dtype: torch.dtype, listen: Callable[..., Listener],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    listener = listen()
+    assert command(*CAT, *options, "--variant", "fp16") == 0
+    assert listener.loaded == ("folder", "sprites", {"device": device, "dtype": dtype, "variant": "fp16"})
+
+
+def test_quiet_says_nothing(listen: Callable[..., Listener], capsys: Capture) -> None:
+    listener = listen(steps)
+    assert command(*CAT, "--quiet") == 0
+    assert listener.saved and capsys.readouterr() == ("", "")
+
+
+def interrupt(on_step: Callable[[int, int], None]) -> None:
+    on_step(1, 8)
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_is_one_line(listen: Callable[..., Listener], capsys: Capture) -> None:
+    listener = listen(interrupt)
+    assert command(*CAT) == 130
+    assert capsys.readouterr() == ("", "consistory: interrupted\n")
+    assert not listener.saved
+
+
+def test_running_out_of_memory_says_what_to_do(listen: Callable[..., Listener], capsys: Capture) -> None:
+    def exhaust(on_step: Callable[[int, int], None]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+
+    listener = listen(exhaust)
+    assert command(*CAT) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("consistory: error: out of memory: draw fewer or smaller pictures")
+    assert not listener.saved
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def steps(on_step: Callable[[int, int], None]) -> None:
+    for done in (1, 2, 8):
+        time.sleep(0.15)  # a bar is redrawn every tenth of a second
+        on_step(done, 8)
+
+
+def test_a_terminal_shows_progress(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
+    listen(steps)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert command(*CAT) == 0
+    assert "8/8" in sys.stderr.getvalue() and "100%" in sys.stderr.getvalue()
+
+
+def test_a_file_shows_no_progress(listen: Callable[..., Listener], capsys: Capture) -> None:
+    listen(steps)
+    assert command(*CAT) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_on_a_terminal_is_still_one_line(
+    tmp_path: Path, golden_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert command(*CAT, "--model", golden_weights, "--anchors", "5", "--out", tmp_path / "out") == 2
+    assert sys.stderr.getvalue() == "consistory: error: 5 anchors do not fit 2 pictures: use 1 to 2\n"
+
+
+def test_progress_does_without_tqdm(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert listen(steps) and command(*CAT) == 0
+    assert sys.stderr.getvalue() == ""
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
+    "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
+}
+
+
+def test_help_teaches(capsys: Capture) -> None:
+    assert command("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{option}" in shown for option in OPTIONS)
+    assert 'consistory "a cat" --settings "on the beach" "in the snow" "in space" --out story' in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_version(capsys: Capture) -> None:
+    import consistory
+
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"consistory {consistory.__version__}\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = """
+import sys
+from consistory.cli import main
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from parity import randn, relative_error
+
+from consistory import ddim
+from consistory.config import ScheduleConfig
+
+TOLERANCE = 1e-5
+
+
+def config_json(**others: Any) -> dict[str, Any]:
+    """SDXL's schedule, as its `scheduler_config.json` has it."""
+    config = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+    return config | others
+
+
+CONFIGS = {
+    "sdxl": config_json(),
+    "final-alpha-one": config_json(set_alpha_to_one=True, steps_offset=0),
+    "final-alpha-one-offset": config_json(set_alpha_to_one=True),
+    "short-and-steep": config_json(num_train_timesteps=300, beta_start=0.002, beta_end=0.05),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+def pair(request: pytest.FixtureRequest) -> tuple[ScheduleConfig, DDIMScheduler]:
+    return ScheduleConfig.from_json(request.param), DDIMScheduler(**request.param)
+
+
+def test_alpha_bars_equal_diffusers(pair: tuple[ScheduleConfig, DDIMScheduler]) -> None:
+    schedule, oracle = pair
+    actual = ddim.alpha_bars(schedule)
+    assert relative_error(actual, oracle.alphas_cumprod) <= 1e-6
+    # relative to each value, too: the last ones are small
+    torch.testing.assert_close(actual, oracle.alphas_cumprod, rtol=TOLERANCE, atol=0)
+
+
+def test_timesteps_equal_diffusers_for_every_count(pair: tuple[ScheduleConfig, DDIMScheduler]) -> None:
+    schedule, oracle = pair
+    # Not as many steps as the schedule has: with an offset of 1 the first timestep would lie past its end.
+    for steps in range(1, schedule.train_steps):
+        oracle.set_timesteps(steps)
+        timesteps = ddim.timesteps(schedule, steps)
+        assert timesteps == oracle.timesteps.tolist()
+        assert timesteps[-1] >= 0 and timesteps[0] < schedule.train_steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 19, 50, 299])
+def test_steps_equal_diffusers(pair: tuple[ScheduleConfig, DDIMScheduler], steps: int) -> None:
+    """A whole trajectory, each step from the oracle's own state."""
+    schedule, oracle = pair
+    oracle.set_timesteps(steps)
+    alpha_bars = ddim.alpha_bars(schedule)
+    x = randn(2, 4, 6, 5)
+    for i, t in enumerate(ddim.timesteps(schedule, steps)):
+        eps = randn(2, 4, 6, 5, seed=i + 1)
+        expected = oracle.step(eps, t, x, eta=0.0)
+        after = ddim.alpha_bar_after(schedule, steps, t)
+        assert relative_error(ddim.step(x, eps, alpha_bars[t], after), expected.prev_sample) <= TOLERANCE
+        assert relative_error(ddim.predict_x0(x, eps, alpha_bars[t]), expected.pred_original_sample) <= TOLERANCE
+        x = expected.prev_sample
+
+
+@pytest.mark.parametrize("t", [0, 1, 150, 299])
+def test_noise_is_added_as_in_diffusers(pair: tuple[ScheduleConfig, DDIMScheduler], t: int) -> None:
+    schedule, oracle = pair
+    x0, eps = randn(2, 4, 6, 5), randn(2, 4, 6, 5, seed=1)
+    noisy = ddim.add_noise(x0, eps, ddim.alpha_bars(schedule)[t])
+    assert relative_error(noisy, oracle.add_noise(x0, eps, torch.tensor([t, t]))) <= TOLERANCE
+
+
+def test_the_end_of_the_schedule() -> None:
+    """SDXL's last step leads to the noise level of t = 0, not to none; a schedule may say otherwise."""
+    first = ddim.alpha_bars(ScheduleConfig())[0]
+    assert ddim.alpha_bar_after(ScheduleConfig(), 50, 1) == first
+    assert first < 1
+    assert ddim.alpha_bar_after(ScheduleConfig(final_alpha_one=True), 50, 1) == 1
+
+
+def test_the_default_schedule_is_sdxls() -> None:
+    assert ScheduleConfig.from_json(CONFIGS["sdxl"]) == ScheduleConfig()
+
+
+def test_a_step_towards_the_same_noise_level_changes_nothing() -> None:
+    x, eps = randn(1, 4, 3, 3), randn(1, 4, 3, 3, seed=1)
+    level = torch.tensor(0.3)
+    torch.testing.assert_close(ddim.step(x, eps, level, level), x)
+
+
+def test_predicted_x0_undoes_added_noise() -> None:
+    x0, eps = randn(1, 4, 3, 3), randn(1, 4, 3, 3, seed=1)
+    level = torch.tensor(0.3)
+    torch.testing.assert_close(ddim.predict_x0(ddim.add_noise(x0, eps, level), eps, level), x0)
+
+
+def test_equals_the_recorded_schedule(golden: Any) -> None:
+    units, _ = golden("algo_units")
+    schedule = ScheduleConfig()
+    alpha_bars = ddim.alpha_bars(schedule)
+    x, eps = units["ddim/sample"], units["ddim/eps"]
+    assert relative_error(alpha_bars, units["ddim/alphas_cumprod"]) <= 1e-6
+    assert relative_error(ddim.add_noise(x, eps, alpha_bars[261]), units["ddim/add_noise_t261"]) <= TOLERANCE
+    for steps in (10, 19, 30, 50):
+        assert ddim.timesteps(schedule, steps) == units[f"ddim/timesteps{steps}"].tolist()
+    for steps, i in [(n, i) for n in (10, 30, 50) for i in (0, n // 2, n - 1)]:
+        t = ddim.timesteps(schedule, steps)[i]
+        after = ddim.alpha_bar_after(schedule, steps, t)
+        name = f"ddim/step_n{steps}_i{i}"
+        assert relative_error(ddim.step(x, eps, alpha_bars[t], after), units[f"{name}_prev"]) <= TOLERANCE
+        assert relative_error(ddim.predict_x0(x, eps, alpha_bars[t]), units[f"{name}_x0"]) <= TOLERANCE

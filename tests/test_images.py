@@ -1,0 +1,211 @@
+"""Saving a story: files, their contents, and what happens when something is in the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consistory import ConsistoryError, Story
+from consistory.images import check_can_save, make_grid, save_story, write_atomically
+
+SETTINGS = {"model": "sprites", "steps": 4, "guidance": 5.0, "config": {"dropout": 0.5, "freeu": None}}
+
+
+def pictures(n: int, height: int = 64, width: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(n).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def story(n: int, height: int = 64, width: int = 64) -> Story:
+    return Story(
+        images=pictures(n, height, width),
+        prompts=[f"a cat in place {i}" for i in range(n)],
+        concepts=["cat"],
+        seeds=[10 * i for i in range(n)],
+        settings=SETTINGS,
+        latents=torch.zeros(n, 4, height // 8, width // 8),
+        masks={},
+        nearest={},
+    )
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_a_story_is_numbered_pictures_a_grid_and_a_record(tmp_path: Path) -> None:
+    story(3).save(tmp_path / "new" / "folder")
+    assert files(tmp_path / "new" / "folder") == ["01.png", "02.png", "03.png", "grid.png", "story.json"]
+
+
+def test_numbers_are_padded_so_that_names_sort(tmp_path: Path) -> None:
+    story(100, 8, 8).save(tmp_path)
+    assert files(tmp_path)[:2] == ["001.png", "002.png"]
+    assert files(tmp_path)[99:] == ["100.png", "grid.png", "story.json"]
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (1, 3)])
+def test_pictures_keep_every_pixel(tmp_path: Path, height: int, width: int) -> None:
+    told = story(2, height, width)
+    told.save(tmp_path)
+    for name, image in zip(("01.png", "02.png"), told.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), image)
+
+
+def test_each_png_says_how_it_was_made(tmp_path: Path) -> None:
+    story(2).save(tmp_path)
+    second = Image.open(tmp_path / "02.png").text
+    assert second["prompt"] == "a cat in place 1" and second["seed"] == "10"
+    parameters = json.loads(second["consistory"])
+    assert parameters["prompts"] == ["a cat in place 0", "a cat in place 1"] and parameters["steps"] == 4
+    assert json.loads(Image.open(tmp_path / "grid.png").text["consistory"]) == parameters
+
+
+def test_prompts_in_any_script_survive(tmp_path: Path) -> None:
+    prompts = ["een kat in café Änne, 50 €", "ネコ 🐈"]
+    replace(story(2), prompts=prompts).save(tmp_path)
+    assert [Image.open(tmp_path / name).text["prompt"] for name in ("01.png", "02.png")] == prompts
+    assert json.loads((tmp_path / "story.json").read_text("utf-8"))["prompts"] == prompts
+
+
+def test_the_record_holds_everything(tmp_path: Path) -> None:
+    told = story(2)
+    told.save(tmp_path)
+    record = json.loads((tmp_path / "story.json").read_text("utf-8"))
+    assert record.pop("version")
+    assert record == {
+        "prompts": told.prompts, "concepts": ["cat"], "seeds": [0, 10], **SETTINGS,
+        "files": ["01.png", "02.png"], "grid": "grid.png",
+    }
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, columns", [(1, 1), (3, 3), (5, 5), (6, 3), (9, 3), (10, 4), (100, 10)])
+def test_a_grid_is_a_row_of_five_or_nearly_square(n: int, columns: int) -> None:
+    grid = make_grid(pictures(n, 256, 256))
+    rows = math.ceil(n / columns)
+    assert grid.shape == (rows * 260 - 4, columns * 260 - 4, 3)
+
+
+def test_a_grid_shows_the_pictures_in_order_on_white() -> None:
+    images = pictures(7, 256, 512)
+    grid = make_grid(images)
+    covered = np.zeros(grid.shape[:2], dtype=bool)
+    for i, image in enumerate(images):
+        place = np.s_[i // 3 * 264 :, i % 3 * 520 :]
+        assert np.array_equal(grid[place][:256, :512], image)
+        covered[place][:256, :512] = True
+    assert (grid[~covered] == 255).all()
+
+
+@pytest.mark.parametrize("height, width, factor", [(64, 64, 4), (48, 80, 6), (255, 300, 2), (512, 512, 1)])
+def test_small_pictures_are_enlarged_pixel_by_pixel(height: int, width: int, factor: int) -> None:
+    (image,) = images = pictures(1, height, width)
+    grid = make_grid(images)
+    assert grid.shape == (height * factor, width * factor, 3)
+    assert np.array_equal(grid, np.kron(image, np.ones((factor, factor, 1), dtype=np.uint8)))
+
+
+# --- nothing half written ---------------------------------------------------------------------------------------------
+
+
+
+
+def fail_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, writing a file whose final name is `name` fails after half of its bytes."""
+    write = Path.write_bytes
+
+    def failing(path: Path, data: bytes) -> int:
+        if name in path.name:
+            write(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", failing)
+
+
+@pytest.mark.parametrize("name", ["02.png", "grid.png", "story.json"])
+def test_a_full_disk_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fail_at(name, monkeypatch)
+    with pytest.raises(ConsistoryError, match=r"No space left on device.*choose another folder"):
+        story(2).save(tmp_path)
+    order = ["01.png", "02.png", "grid.png", "story.json"]
+    assert files(tmp_path) == order[: order.index(name)]
+    for path in tmp_path.glob("*.png"):
+        Image.open(path).load()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "a", b"old contents")
+    fail_at("a", monkeypatch)
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "a", b"new contents")
+    assert (tmp_path / "a").read_bytes() == b"old contents"
+    assert files(tmp_path) == ["a"]
+
+
+def test_writing_again_replaces(tmp_path: Path) -> None:
+    story(2).save(tmp_path)
+    told = replace(story(2), images=pictures(2)[::-1])
+    told.save(tmp_path)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "01.png")), told.images[0])
+    assert len(files(tmp_path)) == 4
+
+
+# --- what is in the way -----------------------------------------------------------------------------------------------
+
+
+def blocked(tmp_path: Path) -> list[Path]:
+    (tmp_path / "file").write_text("mine")
+    return [tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 100)]
+
+
+@pytest.mark.parametrize("case", range(3), ids=["a file", "below a file", "a name too long"])
+def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path, case: int) -> None:
+    folder = blocked(tmp_path)[case]
+    for attempt in (check_can_save, lambda folder: save_story(story(1), folder)):
+        with pytest.raises(ConsistoryError, match=r"cannot be written.*choose another folder"):
+            attempt(folder)
+    assert files(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_check_leaves_nothing(tmp_path: Path) -> None:
+    check_can_save(tmp_path / "a" / "b" / "c")
+    assert files(tmp_path) == []
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
+    check_can_save(tmp_path / "there")
+    assert files(tmp_path) == ["there"] and files(tmp_path / "there") == ["mine"]
+
+
+def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConsistoryError, match="Permission denied"):
+        check_can_save(tmp_path / "a" / "b")
+    assert files(tmp_path) == []
+
+
+def test_without_pillow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIL", "PIL.Image", "PIL.PngImagePlugin"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for attempt in (check_can_save, story(1).save):
+        with pytest.raises(ConsistoryError, match=r'pip install "consistory\[cli\]"'):
+            attempt(tmp_path / "out")
+    assert files(tmp_path) == []

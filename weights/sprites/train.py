@@ -1,0 +1,539 @@
+"""Train the sprites model: SDXL's architecture in small, on endless pictures of the sprites world.
+
+    python -m consistory.weights.sprites.train vae    --work runs/sprites --images 30000
+    python -m consistory.weights.sprites.train unet   --work runs/sprites --images 150000
+    python -m consistory.weights.sprites.train export --work runs/sprites --to weights/sprites/checkpoint
+
+Stage 1 is the autoencoder. Stage 2 is the UNet together with both text encoders, which start from random weights too. A run
+that was stopped goes on where its last checkpoint was, exactly: what a step draws depends on the seed and the number of the
+step only, so there is no other state than the weights, their running average and the optimizer's. With a longer `--images`
+(or `--minutes`, for machines whose speed is not known) a finished run goes on; its learning rate jumps to where the longer
+cosine has it. While it runs, the work folder holds the checkpoint and a sheet of samples.
+
+Runs on CUDA, where there is one, or on CPU: in bfloat16 on either if the hardware multiplies it fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from consistory import ddim
+from consistory.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from consistory.text import TextEncoder
+from consistory.tokenizer import Tokenizer
+from consistory.unet import Conditioning, UNet
+from consistory.vae import VAE
+from consistory.weights.sprites.tokenizer import END, build_tokenizer
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, captions, render, sample_scenes
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SIZE = 64
+# Sizes that a sample is conditioned on: original height and width, crop top and left, target height and width.
+SIZES = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
+
+VAE_JSON: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": IMAGE_SIZE,
+    "scaling_factor": 1.0,  # measured at the end of the training
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+TEXT_WIDTHS = (64, 96)
+UNET_JSON: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 16,
+    "attention_head_dim": [2, 4],  # the numbers of heads: diffusers' name
+    "block_out_channels": [64, 128],
+    "cross_attention_dim": sum(TEXT_WIDTHS),
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_num_groups": 16,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": TEXT_WIDTHS[1] + 6 * 16,
+    "sample_size": IMAGE_SIZE // 2,
+    "transformer_layers_per_block": [1, 1],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+SCHEDULER_JSON: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+MODEL_INDEX_JSON: dict[str, Any] = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+POOL = 4096  # scenes that are rendered and encoded at once
+PASSES = 2  # how often each of them is used, with another caption and other noise
+CAPTION_DROPOUT = 0.1  # share of samples that learn the unconditional prediction, for guidance
+SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023): low noise levels count less than they would by eps alone
+KL_WEIGHT = 0.01  # keeps latents near unit size and a little noise in them, so that they are smooth
+
+
+def text_json(index: int, vocabulary: int) -> dict[str, Any]:
+    """The configuration of the first or second text encoder."""
+    width = TEXT_WIDTHS[index]
+    return {
+        "architectures": [("CLIPTextModel", "CLIPTextModelWithProjection")[index]],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "hidden_act": ("quick_gelu", "gelu")[index],
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": width // 32,
+        "num_hidden_layers": 2,
+        "pad_token_id": (vocabulary - 1, 0)[index],
+        "projection_dim": TEXT_WIDTHS[1],
+        "vocab_size": vocabulary,
+    }
+
+
+# ---------------------------------------------------------------- the loop, the same for both stages
+
+
+@dataclass
+class Run:
+    """The whole state of a training run."""
+
+    model: nn.Module
+    average: nn.Module  # running average of the model's weights: what is sampled from and exported
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # steps done
+    seconds: float = 0.0  # time spent on them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train: until `images` are seen or, where that is None, until `minutes` have passed."""
+
+    images: int | None
+    minutes: float | None
+    batch: int
+    rate: float
+    warm_up: int = 200  # steps
+    save_every: float = 180.0  # seconds
+
+    def progress(self, run: Run) -> float:
+        """0 at the start of the training, 1 at its end."""
+        if self.images is not None:
+            return run.step * self.batch / self.images
+        assert self.minutes is not None
+        return run.seconds / (60 * self.minutes)
+
+    def learning_rate(self, run: Run) -> float:
+        """Linear warm-up, then half a cosine down to zero."""
+        cosine = (1 + math.cos(math.pi * min(1.0, self.progress(run)))) / 2
+        return self.rate * cosine * min(1.0, (run.step + 1) / self.warm_up)
+
+
+def start(model: nn.Module) -> Run:
+    average = copy.deepcopy(model).requires_grad_(False)
+    return Run(model, average, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01))
+
+
+def train(
+    run: Run, plan: Plan, loss_of: Callable[[int], Tensor], path: Path, sheet: Callable[[Path], None] | None = None
+) -> None:
+    """Advance the run to the end of the plan.
+
+    Args:
+        run: is changed in place.
+        plan: length, batch size and learning rate.
+        loss_of: the model's loss on the batch of the given step.
+        path: where checkpoints go, every `plan.save_every` seconds and at the end.
+        sheet: draws samples into the given picture, as often as there are checkpoints.
+    """
+    running_loss = None
+    shown = saved = time.monotonic()
+    first_step, first_seconds = run.step, run.seconds
+    while plan.progress(run) < 1:
+        began = time.monotonic()
+        for group in run.optimizer.param_groups:
+            group["lr"] = plan.learning_rate(run)
+        loss = loss_of(run.step)
+        run.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        update_average(run)
+        run.step += 1
+        now = time.monotonic()
+        run.seconds += now - began
+
+        running_loss = loss.item() if running_loss is None else 0.98 * running_loss + 0.02 * loss.item()
+        if now - shown > 10:
+            shown = now
+            speed = plan.batch * (run.step - first_step) / (run.seconds - first_seconds)
+            done = plan.progress(run)
+            left = run.seconds * (1 / done - 1) / 60
+            logger.info("step %d  loss %.4f  %.1f images/s  %.1f %% done, %.0f min left", run.step, running_loss, speed, 100 * done, left)
+        if now - saved > plan.save_every:
+            save(run, path)
+            if sheet is not None:
+                sheet(path.with_suffix(".png"))
+            saved = time.monotonic()
+    save(run, path)
+    if sheet is not None:
+        sheet(path.with_suffix(".png"))
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """Exponential moving average over about the last tenth of the run so far."""
+    decay = min(0.9995, (1 + run.step) / (10 + run.step))
+    averages, weights = list(run.average.parameters()), list(run.model.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def save(run: Run, path: Path) -> None:
+    """Write a run as one safetensors file; a reader never sees half of it."""
+    tensors = {f"model.{name}": value for name, value in run.model.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in run.average.state_dict().items()}
+    for name, parameter in run.model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in run.optimizer.state[parameter].items()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, {"step": str(run.step), "seconds": str(run.seconds)})
+    os.replace(partial, path)
+
+
+def resume(run: Run, path: Path) -> None:
+    """Continue from the checkpoint at `path`, if there is one."""
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        run.step, run.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
+    run.model.load_state_dict(_below("model.", tensors))
+    run.average.load_state_dict(_below("average.", tensors))
+    for name, parameter in run.model.named_parameters():
+        state = _below(f"optimizer.{name}.", tensors)
+        # AdamW keeps its step count on the CPU, wherever the weights are.
+        run.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+    logger.info("resumed %s at step %d", path, run.step)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers (seed, stage, step) only."""
+    seed = 0
+    for number in numbers:
+        seed = seed * 1_000_003 + number
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 where the hardware multiplies it fast (CUDA, or a CPU with AMX tiles), else float32."""
+    if device.type == "cuda" or torch.cpu._is_amx_tile_supported():
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+# ---------------------------------------------------------------- stage 1: the autoencoder
+
+
+def vae_loss(vae: VAE, images: Tensor, noise: Tensor) -> Tensor:
+    """L1 on pixels and on their differences (edges), and a little Kullback-Leibler divergence from N(0, 1).
+
+    images [B, 3, H, W] in [-1, 1], noise [B, 4, h, w].
+    """
+    with mixed_precision(images.device):
+        mean, logvar = vae.encode(images)
+        mean, logvar = mean.float(), logvar.float()
+        decoded = vae.decode(mean + noise * (0.5 * logvar).exp()).float()
+    divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(decoded, images) + edges + KL_WEIGHT * divergence
+
+
+def train_vae(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig.from_json(VAE_JSON)).to(device, memory_format=torch.channels_last)
+    run = start(vae)
+    resume(run, work / "vae.safetensors")
+
+    def loss_of(step: int) -> Tensor:
+        generator = generator_for(seed, 1, step)
+        images, _ = render(sample_scenes(plan.batch, generator).to(device), IMAGE_SIZE)
+        noise = torch.randn(plan.batch, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, generator=generator)
+        return vae_loss(vae, 2 * images - 1, noise.to(device))
+
+    def sheet(path: Path) -> None:
+        images, _ = render(sample_scenes(16, generator_for(seed, 2)).to(device), IMAGE_SIZE)
+        with torch.no_grad():
+            decoded = run.average.decode(run.average.encode(2 * images - 1)[0])
+        save_grid(torch.cat([images, decoded / 2 + 0.5]), path, columns=8)
+        logger.info("mean absolute error %.4f of the range", (decoded / 2 + 0.5 - images).abs().mean().item())
+
+    train(run, plan, loss_of, work / "vae.safetensors", sheet)
+
+
+def load_vae(work: Path, device: torch.device) -> VAE:
+    """The trained autoencoder, with the scaling factor that gives its latents unit variance."""
+    vae = VAE(VAEConfig.from_json(VAE_JSON))
+    vae.load_state_dict(_below("average.", load_file(work / "vae.safetensors")))
+    vae.requires_grad_(False).to(device)
+    images, _ = render(sample_scenes(512, generator_for(0, 3)).to(device), IMAGE_SIZE)
+    factor = 1 / encode(vae, images).std().item()
+    vae.config = replace(vae.config, scaling_factor=factor * vae.config.scaling_factor)
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: VAE, images: Tensor) -> Tensor:
+    """images [B, 3, H, W] in [0, 1] -> latents [B, 4, h, w], scaled."""
+    with mixed_precision(images.device):
+        means = [vae.encode(2 * chunk - 1)[0].float() for chunk in images.split(128)]
+    return vae.config.scaling_factor * torch.cat(means)
+
+
+# ---------------------------------------------------------------- stage 2: the UNet and both text encoders
+
+
+class Denoiser(nn.Module):
+    """All that learns in stage 2; its children carry the names of the checkpoint's folders."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.text_encoder = TextEncoder(TextConfig.from_json(text_json(0, vocabulary)))
+        self.text_encoder_2 = TextEncoder(TextConfig.from_json(text_json(1, vocabulary)))
+        self.unet = UNet(UNetConfig.from_json(UNET_JSON))
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            # Words weigh more than their places; with equal shares the UNet is slow to tell words apart.
+            nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight, std=0.2)
+
+    def condition(self, ids: Tensor, ids_2: Tensor, known: Tensor | None = None) -> Conditioning:
+        """Token ids [B, 77] of both tokenizers -> conditioning; zeros, as SDXL has it, where `known` [B] is False."""
+        (context, _), (context_2, pooled) = self.text_encoder(ids), self.text_encoder_2(ids_2)
+        context = torch.cat([context, context_2], dim=-1)
+        if known is not None:
+            context, pooled = context * known[:, None, None], pooled * known[:, None]
+        sizes = torch.tensor(SIZES, device=ids.device, dtype=torch.float32).expand(len(ids), 6)
+        return Conditioning(context, pooled, sizes)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, known: Tensor | None = None) -> Tensor:
+        """The predicted noise [B, 4, h, w]."""
+        return self.unet(x, t, self.condition(ids, ids_2, known))
+
+
+class Captions:
+    """Captions -> ids of both tokenizers. There are few different captions, so each is tokenised once."""
+
+    def __init__(self, work: Path):
+        build_tokenizer(work / "tokenizer", pad=END)
+        build_tokenizer(work / "tokenizer_2", pad="!")
+        self.tokenizers = [Tokenizer.from_folder(work / name) for name in ("tokenizer", "tokenizer_2")]
+        self.vocabulary = self.tokenizers[0].end + 1
+        self._row = functools.cache(self._encode)
+
+    def __call__(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """B captions -> two tensors of ids, [B, 77]."""
+        ids, ids_2 = (torch.stack(rows).to(device) for rows in zip(*map(self._row, texts), strict=True))
+        return ids, ids_2
+
+    def _encode(self, text: str) -> tuple[Tensor, ...]:
+        return tuple(tokenizer.encode([text])[0] for tokenizer in self.tokenizers)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scenes with their latents [POOL, 4, h, w]; each is used PASSES times, then comes the next pool."""
+
+    number: int
+    scenes: Scenes
+    latents: Tensor
+
+    @classmethod
+    def draw(cls, vae: VAE, seed: int, number: int, device: torch.device) -> Pool:
+        scenes = sample_scenes(POOL, generator_for(seed, 4, number))
+        batches = [scenes[i : i + 256].to(device) for i in range(0, POOL, 256)]
+        return cls(number, scenes, torch.cat([encode(vae, render(batch, IMAGE_SIZE)[0]) for batch in batches]))
+
+
+def denoising_loss(
+    model: Denoiser, alpha_bars: Tensor, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, known: Tensor
+) -> Tensor:
+    """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR.
+
+    x0, eps [B, 4, h, w], t [B], ids [B, 77], known [B]: whether the caption is given.
+    """
+    alpha_bar = alpha_bars[t][:, None, None, None]
+    with mixed_precision(x0.device):
+        predicted = model(ddim.add_noise(x0, eps, alpha_bar), t, ids, ids_2, known).float()
+    snr = alpha_bar / (1 - alpha_bar)
+    return (snr.clamp(max=SNR_CAP) / snr * (predicted - eps) ** 2).mean()
+
+
+def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    tokenize = Captions(work)
+    vae = load_vae(work, device)
+    model = Denoiser(tokenize.vocabulary).to(device)
+    logger.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    run = start(model)
+    resume(run, work / "unet.safetensors")
+    alpha_bars = ddim.alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON)).to(device)
+    pool: Pool | None = None
+
+    def loss_of(step: int) -> Tensor:
+        nonlocal pool
+        number, place = divmod(step * plan.batch, PASSES * POOL)
+        if pool is None or pool.number != number:
+            pool = Pool.draw(vae, seed, number, device)
+        generator = generator_for(seed, 5, step)
+        # Every pass goes through the pool in the same order; a batch that runs over the end starts over.
+        index = (place + torch.arange(plan.batch)) % POOL
+        x0 = pool.latents[index]
+        t = torch.randint(len(alpha_bars), (plan.batch,), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        known = torch.rand(plan.batch, generator=generator) >= CAPTION_DROPOUT
+        ids, ids_2 = tokenize(captions(pool.scenes[index], generator), device)
+        return denoising_loss(model, alpha_bars, x0, eps.to(device), t.to(device), ids, ids_2, known.to(device))
+
+    def sheet(path: Path) -> None:
+        prompts = [f"a {s} {SETTINGS[(2 * i + j) % len(SETTINGS)]}" for i, s in enumerate(SUBJECTS) for j in range(2)]
+        save_grid(sample(run.average, vae, tokenize(prompts, device), generator_for(seed, 6)), path, columns=8)
+
+    train(run, plan, loss_of, work / "unet.safetensors", sheet)
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser, vae: VAE, ids: tuple[Tensor, Tensor], generator: torch.Generator, steps: int = 20, guidance: float = 5.0
+) -> Tensor:
+    """Plain DDIM with classifier-free guidance: ids of both tokenizers, [B, 77] -> images [B, 3, H, W] in [0, 1]."""
+    schedule = ScheduleConfig.from_json(SCHEDULER_JSON)
+    device, n = ids[0].device, len(ids[0])
+    known = torch.arange(2 * n, device=device) >= n
+    with mixed_precision(device):
+        cond = model.condition(ids[0].repeat(2, 1), ids[1].repeat(2, 1), known)
+    x = torch.randn(n, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, generator=generator).to(device)
+    for t in ddim.timesteps(schedule, steps):
+        with mixed_precision(device):
+            unconditional, conditional = model.unet(x.repeat(2, 1, 1, 1), t, cond).float().chunk(2)
+        eps = unconditional + guidance * (conditional - unconditional)
+        x = ddim.step(x, eps, ddim.alpha_bars(schedule)[t], ddim.alpha_bar_after(schedule, steps, t))
+    return (vae.decode(x / vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- results
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write images [B, 3, H, W] in [0, 1] as one PNG, twice their size."""
+    from PIL import Image  # a part of the extra `cli`; training itself does without
+
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
+    pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+    pixels = pixels.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(pixels.numpy()).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def export(work: Path, folder: Path) -> None:
+    """Write what was trained as a checkpoint in diffusers' folder layout, float16."""
+    build_tokenizer(folder / "tokenizer", pad=END)
+    build_tokenizer(folder / "tokenizer_2", pad="!")
+    vocabulary = Tokenizer.from_folder(folder / "tokenizer").end + 1
+    vae = load_vae(work, torch.device("cpu"))
+    average = _below("average.", load_file(work / "unet.safetensors"))
+
+    parts = {
+        "text_encoder": (text_json(0, vocabulary), _below("text_encoder.", average)),
+        "text_encoder_2": (text_json(1, vocabulary), _below("text_encoder_2.", average)),
+        "unet": (UNET_JSON, _below("unet.", average)),
+        "vae": (VAE_JSON | {"scaling_factor": vae.config.scaling_factor}, vae.state_dict()),
+    }
+    for name, (config, tensors) in parts.items():
+        weights = "model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors"
+        _write_json(folder / name / "config.json", config)
+        half = {key: value.half().contiguous() for key, value in tensors.items()}
+        save_file(half, folder / name / weights, {"format": "pt"})
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_JSON)
+    _write_json(folder / "model_index.json", MODEL_INDEX_JSON)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the sprites model.")
+    parser.add_argument("job", choices=("vae", "unet", "export"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and sample sheets")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--images", type=int, help="how many images to train on, in all")
+    length.add_argument("--minutes", type=float, help="how long to train, in all")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "checkpoint", help="where to export to")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.job == "export":
+        export(args.work, args.to)
+        return
+    if args.images is None and args.minutes is None:
+        parser.error("say how long to train: --images or --minutes")
+    plan = Plan(args.images, args.minutes, args.batch, args.rate)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    {"vae": train_vae, "unet": train_unet}[args.job](args.work, plan, args.seed, device)
+
+
+if __name__ == "__main__":
+    main()
