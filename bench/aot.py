@@ -22,7 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from consistory.kernels.correspondence import fused as correspondence
+from consistory.kernels.cross_attention import fused as cross_attention
 from consistory.kernels.extended_attention import fused as extended_attention
+from consistory.kernels.injection import fused as injection
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -54,17 +57,30 @@ class Resources:
     instructions: dict[str, int]
 
 
-def attention(head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None) -> Specimen:
+def attention(
+    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None
+) -> Specimen:
     width, pointer = triton.next_power_of_2(head_size), f"*{TYPES[dtype]}"
     tile = tile or extended_attention.tile_for(head_size, dtype)
-    tensors = {f"{x}_{part}": t for x in ("q", "vanilla", "k", "v", "out") for part, t in (("ptr", pointer), ("strides", STRIDES))}
+    tensors = {
+        f"{x}_{part}": t
+        for x in ("q", "vanilla", "k", "v", "out")
+        for part, t in (("ptr", pointer), ("strides", STRIDES))
+    }
     return Specimen(
         name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}",
         kernel=extended_attention.attend_kernel,
         types=tensors
         | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "share_ptr": "*u8"}
         | {"weight": "fp32", "scale": "fp32", "images": "i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
-        constants={"BLEND": True, "HEAD_SIZE": head_size, "WIDTH": width, "QUERIES": tile.queries, "KEYS": tile.keys, "EVEN": patches % tile.keys == 0},
+        constants={
+            "BLEND": True,
+            "HEAD_SIZE": head_size,
+            "WIDTH": width,
+            "QUERIES": tile.queries,
+            "KEYS": tile.keys,
+            "EVEN": patches % tile.keys == 0,
+        },
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -76,13 +92,72 @@ def pack(head_size: int, dtype: torch.dtype, patches: int) -> Specimen:
         name=f"pack d={head_size} {TYPES[dtype]} P={patches}",
         kernel=extended_attention.pack_kernel,
         types={"k_ptr": pointer, "k_strides": STRIDES, "v_ptr": pointer, "v_strides": STRIDES, "mask_ptr": "*u8"}
-        | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
+        | {
+            "packed_k_ptr": pointer,
+            "packed_v_ptr": pointer,
+            "length_ptr": "*i32",
+            "anchors": "i32",
+            "heads": "i32",
+            "patches": "i32",
+        },
         constants={
             "HEAD_SIZE": head_size,
             "WIDTH": triton.next_power_of_2(head_size),
             "ROWS": extended_attention.PACK_ROWS,
             "MASK_SIZE": patches,
         },
+    )
+
+
+def match(dtype: torch.dtype) -> Specimen:
+    rows, keys, columns = correspondence.blocks_for(dtype)
+    return Specimen(
+        name=f"match {TYPES[dtype]} ({rows}, {keys}, {columns})",
+        kernel=correspondence.match_kernel,
+        types={"target_ptr": f"*{TYPES[dtype]}", "packed_ptr": f"*{TYPES[dtype]}", "packed_index_ptr": "*i32"}
+        | {"target_norm_ptr": "*fp32", "source_norm_ptr": "*fp32", "length_ptr": "*i32", "index_ptr": "*i64"}
+        | {"distance_ptr": "*fp32", "rows": "i32", "patches": "i32", "channels": "i32"},
+        constants={"ROWS": rows, "KEYS": keys, "COLUMNS": columns, "EVEN": True},
+        warps=8,
+    )
+
+
+def cross(head_size: int, dtype: torch.dtype) -> Specimen:
+    strides = STRIDES[1:]
+    tensors = {f"{x}_ptr": f"*{TYPES[dtype]}" for x in "qkv"} | {"out_ptr": f"*{TYPES[dtype]}"}
+    return Specimen(
+        name=f"cross-attention d={head_size} {TYPES[dtype]}",
+        kernel=cross_attention.cross_attention_kernel,
+        types=tensors
+        | {f"{x}_strides": strides for x in ("q", "k", "v", "out")}
+        | {"weights_ptr": "*fp32", "maps_ptr": "*fp32", "scale": "fp32"}
+        | {"heads": "i32", "patches": "i32", "tokens": "i32", "concepts": "i32"},
+        constants={
+            "HEAD_SIZE": head_size,
+            "WIDTH": triton.next_power_of_2(head_size),
+            "PATCHES": cross_attention.PATCHES,
+            "TOKENS": 128,
+        },
+        warps=8,
+        stages=1,
+    )
+
+
+def inject(dtype: torch.dtype) -> Specimen:
+    pointer = f"*{TYPES[dtype]}"
+    return Specimen(
+        name=f"inject {TYPES[dtype]}",
+        kernel=injection.inject_kernel,
+        types={"x_ptr": pointer, "anchor_ptr": pointer, "out_ptr": pointer, "source_index_ptr": "*i64"}
+        | {
+            "source_image_ptr": "*i64",
+            "mask_ptr": "*u8",
+            "alpha": "fp32",
+            "anchors": "i32",
+            "patches": "i32",
+            "channels": "i32",
+        },
+        constants={"RECORDED": False, "PATCHES": injection.PATCHES, "CHANNELS": injection.CHANNELS},
     )
 
 
@@ -98,6 +173,10 @@ def specimens() -> list[Specimen]:
         attention(128, half, 4096),
         attention(64, torch.float32, 4096),
         pack(64, half, 4096),
+        match(half),
+        cross(64, half),
+        cross(128, half),
+        inject(half),
     ]
 
 
@@ -139,7 +218,7 @@ def _source(specimen: Specimen) -> ASTSource:
             last = len(signature[name]) - 1
             constants[(i, last)] = 1
             divisible += [(i, axis) for axis in range(last)]
-        elif signature[name].startswith("*") or name == "patches":
+        elif signature[name].startswith("*") or name in ("patches", "channels"):
             divisible.append((i,))
     attributes = {path: [["tt.divisibility", 16]] for path in divisible}
     return ASTSource(specimen.kernel, signature, constants, attributes)
@@ -158,9 +237,15 @@ def _group(pattern: str, text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--only", default="", help="compile kernels whose name holds this")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
     arguments = parser.parse_args()
-    found = [compile_for(arch, specimen) for arch in arguments.arch for specimen in specimens()]
+    found = [
+        compile_for(arch, specimen)
+        for arch in arguments.arch
+        for specimen in specimens()
+        if arguments.only in specimen.name
+    ]
     if arguments.json:
         print(json.dumps([asdict(each) for each in found]))
         return

@@ -6,9 +6,9 @@ The base class is plain SDXL; `consistory.sdsa` overrides it with the paper's me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Site:
     part: str
     index: int
     stride: int
+
+
+# What cross-attention reads: the context [B, T, C'], or every layer's keys and values [B, H, T, d] made from it before.
+Prompt = Tensor | Mapping[Site, tuple[Tensor, Tensor]]
 
 
 class AttentionControl:
@@ -58,10 +62,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, P, C], context [B, T, C'] -> q [B, H, P, d], k and v [B, H, T, d]."""
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return tuple(rearrange(y, "b p (h d) -> b h p d", h=self.heads) for y in (q, k, v))  # type: ignore[return-value]
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, P, C] -> [B, H, P, d]."""
+        return self._heads(self.to_q(x))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, C'] -> keys and values, each [B, H, T, d]."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b p (h d) -> b h p d", h=self.heads)
 
     def output(self, heads: Tensor) -> Tensor:
         return self.to_out[0](rearrange(heads, "b h p d -> b p (h d)"))
@@ -98,12 +108,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor, control: AttentionControl) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt, control: AttentionControl) -> Tensor:
         y = self.norm1(x)
-        x_out = self.attn1.output(control.self_attention(*self.attn1.project(y, y), self.site))
-        x = x + control.self_output(x_out, self.site)
-        y = self.norm2(x)
-        x = x + self.attn2.output(control.cross_attention(*self.attn2.project(y, context), self.site))
+        heads = control.self_attention(self.attn1.queries(y), *self.attn1.keys_values(y), self.site)
+        x = x + control.self_output(self.attn1.output(heads), self.site)
+        k, v = self.attn2.keys_values(prompt) if isinstance(prompt, Tensor) else prompt[self.site]
+        x = x + self.attn2.output(control.cross_attention(self.attn2.queries(self.norm2(x)), k, v, self.site))
         return x + self.ff(self.norm3(x))
 
 
@@ -117,11 +127,11 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(width, context_width, heads, s) for s in sites)
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor, control: AttentionControl) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt, control: AttentionControl) -> Tensor:
         h, w = x.shape[-2:]
         y = patches(_project(self.proj_in, self.norm(x)))
         for block in self.transformer_blocks:
-            y = block(y, context, control)
+            y = block(y, prompt, control)
         return x + _project(self.proj_out, feature_map(y, h, w))
 
 

@@ -22,6 +22,7 @@ class ResBlock(nn.Module):
         """x [B, c_in, h, w], emb [B, emb_width] -> [B, c_out, h, w]."""
         y = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
+            assert emb is not None
             y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))

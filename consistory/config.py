@@ -1,4 +1,4 @@
-"""Every number the library uses: sizes come from a checkpoint's own config files, the method's values from the paper."""
+"""Every number the library uses: sizes from a checkpoint's own config files, the method's values from the paper."""
 
 from __future__ import annotations
 

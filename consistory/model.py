@@ -224,7 +224,8 @@ class ConsiStory:
             one_context, one_pooled = self.encode_prompts([negative_prompt or ""])
             negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        return Conditioning(torch.cat([negative[0], context]), torch.cat([negative[1], pooled]), sizes)
+        keys = self.unet.prompt_keys(torch.cat([negative[0], context]))
+        return Conditioning(keys, torch.cat([negative[1], pooled]), sizes)
 
     def _token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""
@@ -292,7 +293,7 @@ def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """[N, *shape] float32, each image drawn by a CPU generator of its own: the same on every device and in every batch."""
+    """[N, *shape] float32. Each image has a CPU generator of its own: the same noise on any device, in any batch."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -157,14 +157,14 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
 
 def predict_noise(plan: Plan, state: State, injection: Injection | None) -> tuple[Tensor, Consistent]:
     """One consistent call with guidance: eps [N, 4, h, w], and the control with what it recorded."""
-    x, t = torch.cat([state.x, state.x]).to(plan.cond.context.dtype), plan.timesteps[state.step]
+    x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
     sharing = plan_sharing(plan, state)
     control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
     encoded = plan.unet.encode(x, t, plan.cond, control)
     if sharing is not None and sharing.vanilla is not None:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
         plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
-        plan.unet.decode(plain, sharing.vanilla[0], plan.config.freeu)
+        plan.unet.decode_blocks(plan.unet.attended_blocks, plain, sharing.vanilla[0], plan.config.freeu)
     eps = plan.unet.decode(encoded, control, plan.config.freeu)
     unconditional, conditional = eps.float().chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control

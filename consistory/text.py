@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,7 +16,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class CausalAttention(nn.Module):
@@ -27,7 +29,8 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(f(x), "b t (h d) -> b h t d", h=self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in projected)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
 
@@ -85,7 +88,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
-        self.text_projection = None if config.projection is None else nn.Linear(config.width, config.projection, bias=False)
+        self.text_projection = (
+            None if config.projection is None else nn.Linear(config.width, config.projection, bias=False)
+        )
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> penultimate states [B, T, C] (before the last layer, no final norm) and pooled [B, D].

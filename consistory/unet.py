@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionControl, Site, Transformer
+from .attention import AttentionControl, Prompt, Site, Transformer, TransformerBlock
 from .blocks import Downsample, ResBlock, Upsample
 from .config import FreeU, UNetConfig
 from .freeu import apply_freeu
@@ -25,12 +25,12 @@ from .freeu import apply_freeu
 class Conditioning:
     """What a sample is conditioned on.
 
-    context: [B, 77, Cx] token states of both text encoders.
+    context: [B, 77, Cx] token states of both text encoders, or what `UNet.prompt_keys` makes of them.
     pooled: [B, D] projected end-of-text state of the second one.
     sizes: [B, 6] original height and width, crop top and left, target height and width, in pixels.
     """
 
-    context: Tensor
+    context: Prompt
     pooled: Tensor
     sizes: Tensor
 
@@ -42,7 +42,7 @@ class Encoded:
     x: Tensor
     skips: tuple[Tensor, ...]
     emb: Tensor
-    context: Tensor
+    context: Prompt
 
 
 def sinusoids(x: Tensor, features: int) -> Tensor:
@@ -72,7 +72,7 @@ class Stage(nn.Module):
             self.attentions = nn.ModuleList(attentions)
         self.attended = bool(attentions)
 
-    def apply_block(self, i: int, x: Tensor, emb: Tensor, context: Tensor, control: AttentionControl) -> Tensor:
+    def apply_block(self, i: int, x: Tensor, emb: Tensor, context: Prompt, control: AttentionControl) -> Tensor:
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, context, control) if self.attended else x
 
@@ -151,6 +151,16 @@ class UNet(nn.Module):
         """Latent strides of the attended resolutions, finest first."""
         return tuple(2**level for level, attended in enumerate(self.config.attended) if attended)
 
+    @property
+    def attended_blocks(self) -> int:
+        """How many decoder blocks it takes to pass every decoder attention."""
+        return len(self.up_blocks) - self.config.attended.index(True)
+
+    def prompt_keys(self, context: Tensor) -> Prompt:
+        """Keys and values of every cross-attention layer for a context [B, 77, Cx]: the same at every timestep."""
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return {block.site: block.attn2.keys_values(context) for block in blocks}
+
     def encode(self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl) -> Encoded:
         """Encoder and middle block. x [B, 4, h, w], t a timestep or [B] of them."""
         emb = self._embed(x, t, cond)
@@ -171,8 +181,13 @@ class UNet(nn.Module):
 
     def decode(self, state: Encoded, control: AttentionControl, freeu: FreeU | None = None) -> Tensor:
         """The predicted noise [B, 4, h, w]."""
+        x = self.decode_blocks(len(self.up_blocks), state, control, freeu)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def decode_blocks(self, blocks: int, state: Encoded, control: AttentionControl, freeu: FreeU | None) -> Tensor:
+        """The output of the first so many decoder blocks: enough where only what the control sees in them matters."""
         x, skips = state.x, list(state.skips)
-        for index, stage in enumerate(self.up_blocks):
+        for index, stage in enumerate(self.up_blocks[:blocks]):
             assert isinstance(stage, UpStage)
             for i in range(len(stage.resnets)):
                 skip = skips.pop()
@@ -182,7 +197,7 @@ class UNet(nn.Module):
             if stage.upsamplers is not None:
                 x = stage.upsamplers[0](x)
             control.decoder_features(x, index)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x
 
     def forward(
         self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl | None = None,

@@ -18,15 +18,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Random weights that keep the scale of activations. Every bias and every norm's scale differs from its default."""
+def randomise(module: nn.Module, seed: int = 0, gain: float = 1.0) -> None:
+    """Random weights that multiply the scale of activations by `gain`, except norms, whose scales are about 1.
+
+    With a gain far below 1, what reaches the norms is so faint that their epsilons count.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
+        elif "norm" in name:
+            parameter.copy_(0.3 * noise + name.endswith("weight"))
         else:
-            parameter.copy_(0.3 * noise + ("norm" in name and name.endswith("weight")))
+            parameter.copy_(0.3 * gain * noise)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

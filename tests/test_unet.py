@@ -83,10 +83,10 @@ CASES = [
 ]
 
 
-def build(config: dict[str, Any]) -> tuple[UNet, UNet2DConditionModel]:
+def build(config: dict[str, Any], gain: float = 1.0) -> tuple[UNet, UNet2DConditionModel]:
     """Ours and diffusers', with the same random weights."""
     oracle = UNet2DConditionModel(**config).eval()
-    randomise(oracle)
+    randomise(oracle, gain=gain)
     unet = UNet(UNetConfig.from_json(config)).eval()
     unet.load_state_dict(oracle.state_dict())
     return unet, oracle
@@ -126,6 +126,14 @@ SMALL = CASES[0]
 @torch.no_grad()
 def test_equals_diffusers(case: Case, pair: tuple[UNet, UNet2DConditionModel]) -> None:
     unet, oracle = pair
+    x, t, cond = inputs(case)
+    assert relative_error(unet(x, t, cond), oracle_eps(oracle, x, t, cond)) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_equals_diffusers_on_faint_activations(case: Case) -> None:
+    """Where the epsilon of every norm counts."""
+    unet, oracle = build(case.config, gain=0.03)
     x, t, cond = inputs(case)
     assert relative_error(unet(x, t, cond), oracle_eps(oracle, x, t, cond)) <= TOLERANCE
 

@@ -8,31 +8,32 @@ SLAB = 2**22  # distances in memory at a time: 16 MiB in float32
 
 
 def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes as in `consistory.kernels.correspondence`. Products are taken in the features' own precision."""
+    """Shapes as in `consistory.kernels.correspondence`. Products in the features' own precision."""
+    targets, patches, _ = target.shape
     rows = normalize(target.float(), dim=-1).to(target.dtype).flatten(0, 1)
-    columns = normalize(source.float(), dim=-1).to(source.dtype)
-    pairs = [_match_source(rows, column, mask) for column, mask in zip(columns, source_mask, strict=True)]
-    index, distance = (
-        torch.stack(each).unflatten(1, target.shape[:2]).transpose(0, 1) for each in zip(*pairs, strict=True)
-    )
+    source = normalize(source.float(), dim=-1).to(source.dtype)
+    index = torch.zeros(targets, len(source), patches, dtype=torch.int64, device=target.device)
+    distance = torch.full_like(index, 2.0, dtype=torch.float32)
+    for image, mask in enumerate(source_mask):
+        nearest = _nearest_kept if target.device.type == "cpu" else _nearest
+        found = nearest(rows, source[image], mask)
+        index[:, image], distance[:, image] = (each.view(targets, patches) for each in found)
     return index, distance
 
 
-def _match_source(rows: Tensor, column: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [R, C] against one source image [P, C] under its mask [P]: index int64 [R], distance float32 [R]."""
-    if column.device.type == "cpu":  # the number of kept patches is known on the host
-        kept = mask.nonzero()[:, 0]
-        column, mask = column[kept], mask[kept]
-        if len(kept) == 0:
-            return kept.new_zeros(len(rows)), torch.full((len(rows),), 2.0)
-        index, distance = _nearest(rows, column, mask)
-        return kept[index], distance
-    return _nearest(rows, column, mask)
+def _nearest_kept(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`_nearest` without the masked patches: their number is needed on the host, which is free on a CPU only."""
+    kept = mask.nonzero()[:, 0]
+    if len(kept) == 0:
+        return torch.zeros(len(rows), dtype=torch.int64), torch.full((len(rows),), 2.0)
+    index, distance = _nearest(rows, source[kept], mask[kept])
+    return kept[index], distance
 
 
-def _nearest(rows: Tensor, column: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [R, C], source [P, C] under its mask [P] -> index int64 [R], distance float32 [R]."""
     slabs = [
-        (1 - (slab @ column.T).float()).masked_fill(~mask, 2.0).min(dim=-1)
-        for slab in rows.split(max(1, SLAB // len(column)))
+        (1 - (slab @ source.T).float()).masked_fill(~mask, 2.0).min(dim=-1)
+        for slab in rows.split(max(1, SLAB // len(source)))
     ]
     return torch.cat([slab.indices for slab in slabs]), torch.cat([slab.values for slab in slabs])

@@ -140,8 +140,12 @@ def pack_kernel(
     copied = (kept != 0)[:, None] & (column < HEAD_SIZE)[None, :]
     first_row = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches
     place = (first_row + end - kept)[:, None] * HEAD_SIZE + column[None, :]
-    k = tl.load(k_ptr + offset(k_strides, half, anchor, head) + row[:, None] * k_strides[3] + column[None, :], mask=copied)
-    v = tl.load(v_ptr + offset(v_strides, half, anchor, head) + row[:, None] * v_strides[3] + column[None, :], mask=copied)
+    k = tl.load(
+        k_ptr + offset(k_strides, half, anchor, head) + row[:, None] * k_strides[3] + column[None, :], mask=copied
+    )
+    v = tl.load(
+        v_ptr + offset(v_strides, half, anchor, head) + row[:, None] * v_strides[3] + column[None, :], mask=copied
+    )
     tl.store(packed_k_ptr + place, k, mask=copied)
     tl.store(packed_v_ptr + place, v, mask=copied)
 

@@ -1,0 +1,71 @@
+"""Feature injection in Triton: one launch, although the images depend on each other.
+
+A blended patch of image i is a geometric chain: (1 - alpha) of itself, alpha of its source; where the source belongs to an
+anchor that is blended before i, that source is in turn a blend. Anchors come in order, so the chain visits each at most
+once. Every program follows the chains of its own patches in the unblended features: nobody waits for anybody.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PATCHES, CHANNELS = 32, 128
+
+
+def inject(
+    x: Tensor,
+    source_index: Tensor,
+    source_image: Tensor,
+    inject_mask: Tensor,
+    alpha: float,
+    anchors: int,
+    anchor_x: Tensor | None,
+) -> Tensor:
+    """Shapes as in `consistory.kernels.injection`."""
+    images, patches, channels = x.shape
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    recorded = anchor_x is not None
+    inject_kernel[(triton.cdiv(patches, PATCHES), triton.cdiv(channels, CHANNELS), images)](
+        x, anchor_x.contiguous() if anchor_x is not None else x, source_index.contiguous(), source_image.contiguous(),
+        inject_mask.contiguous().view(torch.uint8), out, alpha, anchors, patches, channels,
+        RECORDED=recorded, PATCHES=PATCHES, CHANNELS=CHANNELS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def inject_kernel(
+    x_ptr, anchor_ptr, source_index_ptr, source_image_ptr, mask_ptr, out_ptr, alpha, anchors, patches, channels,
+    RECORDED: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program a block of patches, a block of channels and an image."""
+    target = tl.program_id(2)
+    row = tl.program_id(0) * PATCHES + tl.arange(0, PATCHES)
+    column = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside, column_inside = row < patches, (column < channels)[None, :]
+    place = target.to(tl.int64) * patches + row
+
+    # A chain stands at patch `at` of `image` with the weight that is still to be given away; it ends where no blend is.
+    at, image, weight = place, tl.zeros([PATCHES], tl.int64) + target, tl.full([PATCHES], 1.0, tl.float32)
+    going = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+    x = tl.load(x_ptr + at[:, None] * channels + column[None, :], mask=inside[:, None] & column_inside, other=0.0)
+    total = tl.where(going, 1 - alpha, 1.0)[:, None] * x.to(tl.float32)
+    for _ in range(1 if RECORDED else tl.minimum(anchors, target) + 1):
+        source = tl.load(source_image_ptr + at, mask=going, other=0)
+        at = source * patches + tl.load(source_index_ptr + at, mask=going, other=0)
+        weight = tl.where(going, weight * alpha, 0.0)
+        source_ptr = anchor_ptr if RECORDED else x_ptr
+        blended_before = going & (source < image) & (not RECORDED)
+        arrived = going
+        going = blended_before & (tl.load(mask_ptr + at, mask=blended_before, other=0) != 0)
+        x = tl.load(
+            source_ptr + at[:, None] * channels + column[None, :], mask=arrived[:, None] & column_inside, other=0.0
+        )
+        total += (weight * tl.where(going, 1 - alpha, 1.0))[:, None] * x.to(tl.float32)
+        image = source
+    tl.store(
+        out_ptr + place[:, None] * channels + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & column_inside,
+    )
