@@ -3,8 +3,8 @@
     python bench/aot.py              # a table for sm_80 and sm_90
     python bench/aot.py --json       # the same, to be read by a program
 
-HGMMA (Hopper) and HMMA (Ampere) are the matrix instructions: no HGMMA on sm_90 means the slow path. Spills are registers
-moved to memory and back: a block too large for its warps.
+HGMMA (Hopper) and HMMA (Ampere) are the matrix instructions: no HGMMA on sm_90 means the slow path. Spills are
+registers moved to memory and back: a block too large for its warps.
 """
 
 import argparse
@@ -50,6 +50,7 @@ class Resources:
 
     name: str
     arch: int
+    warps: int
     registers: int
     stack: int
     spills: int
@@ -175,7 +176,6 @@ def specimens() -> list[Specimen]:
         pack(64, half, 4096),
         match(half),
         cross(64, half),
-        cross(128, half),
         inject(half),
     ]
 
@@ -195,6 +195,7 @@ def compile_for(arch: int, specimen: Specimen) -> Resources:
     return Resources(
         name=specimen.name,
         arch=arch,
+        warps=specimen.warps,
         registers=int(_group(r"REG:(\d+)", usage)),
         stack=int(_group(r"STACK:(\d+)", usage)),
         spills=mix["STL"] + mix["LDL"],

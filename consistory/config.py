@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from consistory.weights.errors import ConsistoryError
+
 Json = Mapping[str, Any]
 
 
@@ -118,16 +120,29 @@ class ScheduleConfig:
     beta_end: float = 0.012
     offset: int = 1  # added to every timestep ("leading" spacing)
     final_alpha_one: bool = False  # after the last step: alpha_bar = 1 (True) or alpha_bar of t = 0 (False)
+    prediction: str = "epsilon"  # what the UNet predicts: "epsilon" | "v_prediction"
+    zero_terminal_snr: bool = False  # betas rescaled so that the last timestep is pure noise
 
     @classmethod
     def from_json(cls, d: Json) -> ScheduleConfig:
-        """From diffusers' `scheduler_config.json`. Whatever sampler it names, sampling here is DDIM."""
+        """From diffusers' `scheduler_config.json`. Whatever sampler it names, sampling here is DDIM.
+
+        Raises ConsistoryError for a schedule that is neither SDXL's nor a v-prediction variant of it.
+        """
+        prediction, betas = d.get("prediction_type", "epsilon"), d.get("beta_schedule", "scaled_linear")
+        if prediction not in ("epsilon", "v_prediction") or betas != "scaled_linear":
+            raise ConsistoryError(
+                f"the checkpoint's schedule (beta_schedule {betas}, prediction_type {prediction}) is not SDXL's: "
+                "use a checkpoint with scaled_linear betas that predicts epsilon or v_prediction"
+            )
         return cls(
             train_steps=d["num_train_timesteps"],
             beta_start=d["beta_start"],
             beta_end=d["beta_end"],
             offset=d.get("steps_offset", 0),
             final_alpha_one=d.get("set_alpha_to_one", False),
+            prediction=prediction,
+            zero_terminal_snr=d.get("rescale_betas_zero_snr", False),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,14 +10,27 @@ from .config import ScheduleConfig
 
 
 def alpha_bars(schedule: ScheduleConfig) -> Tensor:
-    """Cumulative products of 1 - beta, float32 [train_steps]; beta is linear in its square root ("scaled linear")."""
+    """Cumulative products of 1 - beta, float32 [train_steps]; beta is linear in its square root ("scaled linear").
+
+    With zero terminal SNR, their square roots are shifted and scaled so that the last is 0 (Lin et al. 2023, alg. 1).
+    """
     start, end = schedule.beta_start**0.5, schedule.beta_end**0.5
     betas = torch.linspace(start, end, schedule.train_steps, dtype=torch.float32) ** 2
-    return torch.cumprod(1 - betas, dim=0)
+    bars = torch.cumprod(1 - betas, dim=0)
+    if not schedule.zero_terminal_snr:
+        return bars
+    roots = bars.sqrt()
+    return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
 
 
 def timesteps(schedule: ScheduleConfig, steps: int) -> list[int]:
-    """Timesteps in the order they are visited ("leading" spacing): 50 steps of 1000 -> 981, 961, ..., 1."""
+    """Timesteps in the order they are visited ("leading" spacing): 50 steps of 1000 -> 981, 961, ..., 1.
+
+    A schedule that ends in pure noise has to start there ("trailing" spacing): 50 steps -> 999, 979, ..., 19.
+    """
+    if schedule.zero_terminal_snr:
+        spaced = np.arange(schedule.train_steps, 0, -schedule.train_steps / steps)[:steps]
+        return [int(t) - 1 for t in np.round(spaced)]
     stride = schedule.train_steps // steps
     return [i * stride + schedule.offset for i in reversed(range(steps))]
 
@@ -29,14 +43,23 @@ def alpha_bar_after(schedule: ScheduleConfig, steps: int, t: int) -> Tensor:
     return alpha_bars(schedule)[max(previous, 0)]
 
 
-def predict_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents that x and eps imply (eq. 12 of the DDIM paper, first term). All [..., 4, h, w]."""
-    return (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+def predict(x: Tensor, output: Tensor, alpha_bar: Tensor, prediction: str = "epsilon") -> tuple[Tensor, Tensor]:
+    """The clean latents x0 and the noise eps that a UNet's output on x stands for. All [..., 4, h, w].
+
+    x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps;  v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022).
+    """
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction == "v_prediction":
+        return signal * x - noise * output, signal * output + noise * x
+    return (x - noise * output) / signal, output
 
 
-def step(x: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor) -> Tensor:
-    """One deterministic step from noise level alpha_bar to alpha_bar_next. x, eps [..., 4, h, w]."""
-    return alpha_bar_next.sqrt() * predict_x0(x, eps, alpha_bar) + (1 - alpha_bar_next).sqrt() * eps
+def step(
+    x: Tensor, output: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, prediction: str = "epsilon"
+) -> Tensor:
+    """One deterministic step from noise level alpha_bar to alpha_bar_next. x, output [..., 4, h, w]."""
+    x0, eps = predict(x, output, alpha_bar, prediction)
+    return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * eps
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class ConsiStory:
         configs = loading.sdxl_configs()
         parts = loading.single_file_components(Path(path), configs)
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
-        return cls._assemble(str(path), tokenizers, parts, configs["scheduler"], configs["model_index"], device, dtype)
+        schedule = loading.single_file_schedule(Path(path), configs["scheduler"])
+        return cls._assemble(str(path), tokenizers, parts, schedule, configs["model_index"], device, dtype)
 
     @classmethod
     def _assemble(
@@ -169,7 +170,7 @@ class ConsiStory:
         check_prompts(prompts)
         height, width = self._check_size(height, width)
         anchors = check_anchors(anchors, len(prompts))
-        check_sampling(steps, self.schedule.train_steps, guidance)
+        check_sampling(steps, self.schedule, guidance)
         seeds = expand_seeds(seed, len(prompts))
         concepts = list(concepts) if concepts is not None else self._default_concepts(subject, config)
         token_weights = self._token_weights(prompts, concepts)
@@ -274,10 +275,11 @@ def check_anchors(anchors: int | None, images: int) -> int:
     return anchors
 
 
-def check_sampling(steps: int, train_steps: int, guidance: float) -> None:
+def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:
     """Raises ConsistoryError for a number of steps or a guidance that cannot be sampled with."""
-    if not 1 <= steps <= train_steps:
-        raise ConsistoryError(f"{steps} steps are out of range: use 1 to {train_steps}, commonly 20 to 50")
+    most = schedule.train_steps - schedule.offset
+    if not 1 <= steps <= most:
+        raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
     if not np.isfinite(guidance):
         raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
 

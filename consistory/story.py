@@ -145,8 +145,9 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
     while state.step < stop:
         t = plan.timesteps[state.step]
         active = injection if state.step in plan.injection_steps else None
-        eps, control = predict_noise(plan, state, active)
-        x = ddim.step(state.x, eps, alpha_bars[t], ddim.alpha_bar_after(plan.schedule, plan.steps, t))
+        output, control = guided_output(plan, state, active)
+        alpha_bar_next = ddim.alpha_bar_after(plan.schedule, plan.steps, t)
+        x = ddim.step(state.x, output, alpha_bars[t], alpha_bar_next, plan.schedule.prediction)
         cross_maps = state.cross_maps
         if control.cross_maps:
             history = plan.config.mask_history or plan.steps
@@ -155,8 +156,8 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         yield state
 
 
-def predict_noise(plan: Plan, state: State, injection: Injection | None) -> tuple[Tensor, Consistent]:
-    """One consistent call with guidance: eps [N, 4, h, w], and the control with what it recorded."""
+def guided_output(plan: Plan, state: State, injection: Injection | None) -> tuple[Tensor, Consistent]:
+    """One consistent call with guidance: the predicted noise (or v) [N, 4, h, w], and the control with its records."""
     x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
     sharing = plan_sharing(plan, state)
     control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
@@ -165,8 +166,8 @@ def predict_noise(plan: Plan, state: State, injection: Injection | None) -> tupl
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
         plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, sharing.vanilla[0], plan.config.freeu)
-    eps = plan.unet.decode(encoded, control, plan.config.freeu)
-    unconditional, conditional = eps.float().chunk(2)
+    output = plan.unet.decode(encoded, control, plan.config.freeu)
+    unconditional, conditional = output.float().chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control
 
 

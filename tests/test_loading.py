@@ -395,7 +395,7 @@ def test_a_fused_tensor_of_wrong_shape(original: State, tmp_path: Path) -> None:
         (["conv_in.weight", "down_blocks.0.resnets.0.norm1.bias"], "one component of a checkpoint"),
         (["input_blocks.0.0.weight"], "one component of a checkpoint"),
         (["model.diffusion_model.out.2.bias"], "holds no vae"),
-        (["model.diffusion_model.out.2.bias", "v_pred"], "predicts v instead of noise"),
+        (["model.diffusion_model.out.2.bias", "edm_vpred.sigma_max"], "EDM schedule"),
         (["control_model.input_hint_block.0.weight"], "a ControlNet"),
     ],
 )
@@ -453,3 +453,18 @@ def test_the_recorded_model(golden_weights: Path) -> None:
         (file,) = (golden_weights / component).glob("*.safetensors")
         expected = {k: x for k, x in load_file(file).items() if not k.endswith("position_ids")}
         assert_same(loaded.state_dict(), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ([], {}),
+        (["v_pred"], {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}),
+        (["v_pred", "ztsnr"], {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    ],
+)
+def test_flags_of_a_single_file_change_the_schedule(flags: list[str], changed: Json, original: State, tmp_path: Path) -> None:
+    path = tmp_path / "flagged.safetensors"
+    save_file(original | {flag: torch.zeros(0) for flag in flags}, path)
+    schedule = loading.sdxl_configs()["scheduler"]
+    assert loading.single_file_schedule(path, schedule) == schedule | changed

@@ -5,6 +5,7 @@
     folder_component(folder, name, variant) -> Component        its "unet", "vae", "text_encoder" or "text_encoder_2"
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
+    single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
     load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
 A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they
@@ -45,6 +46,7 @@ UNUSED = (
     r"(denoiser\.)?(betas|sigmas|log_sigmas|alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor)",
     r"(sqrt|log)_(one_minus_|recip_|recipm1_)?alphas_cumprod",
     r"posterior_(variance|log_variance_clipped|mean_coef[12])",
+    r"v_pred|ztsnr",  # flags, read by `single_file_schedule`
     r"(first_stage_model\.)?model_ema\..*",
     r"(first_stage_model\.)?loss\..*",
 )
@@ -56,7 +58,7 @@ OTHER_FAMILIES = {
     r"conditioner\.embedders\.0\.model\.": "the SDXL refiner",
     r"(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
-    r"(v_pred|edm_vpred\..*)$": "an SDXL checkpoint that predicts v instead of noise",
+    r"edm_vpred\.": "an SDXL checkpoint with an EDM schedule",
     r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
@@ -142,6 +144,16 @@ def single_file_components(path: Path, configs: Mapping[str, Json] | None = None
     return components
 
 
+def single_file_schedule(path: Path, schedule: Json) -> Json:
+    """The schedule of a single file, given SDXL's: a fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its
+    noise ends at zero signal. Raises ConsistoryError if the file is missing or damaged.
+    """
+    flags = set(_safetensors(path).keys())
+    if "v_pred" not in flags:
+        return schedule
+    return {**schedule, "prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in flags}
+
+
 def load_module(
     build: Callable[[], Module], tensors: TensorSource, *, dtype: torch.dtype, device: torch.device | str
 ) -> Module:
@@ -210,20 +222,25 @@ def _open_sharded(path: Path) -> dict[str, Read]:
     return {key: read for shard in sorted(shards) for key, read in _open(path.parent / shard).items()}
 
 
-def _open(path: Path) -> dict[str, Read]:
-    """The tensors of a safetensors file by key, but for those that are never needed."""
+def _safetensors(path: Path) -> Any:
+    """An open safetensors file. Raises ConsistoryError if it cannot be one."""
     if path.suffix in PICKLED:
         raise _pickled(path)
     if path.is_dir():
         raise ConsistoryError(f"{path} is a folder, not a file: load it as a checkpoint folder")
     try:
-        file = safe_open(path, framework="pt")
+        return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ConsistoryError(f"there is no file {path}: check the name, or download it") from None
     except (OSError, SafetensorError) as error:
         raise ConsistoryError(
             f"{path} is not a whole safetensors file ({error}): download it again (in a Git clone: git lfs pull)"
         ) from None
+
+
+def _open(path: Path) -> dict[str, Read]:
+    """The tensors of a safetensors file by key, but for those that are never needed."""
+    file = _safetensors(path)
     needed = [key for key in file.keys() if not any(re.fullmatch(pattern, key) for pattern in UNUSED)]  # noqa: SIM118
     return {key: partial(file.get_tensor, key) for key in needed}
 

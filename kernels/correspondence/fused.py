@@ -1,7 +1,8 @@
 """Nearest patches in Triton: a matrix product whose epilogue keeps a running maximum, so no distance reaches memory.
 
-`pack` moves the kept source patches together; `match` multiplies blocks of target patches with them, all pairs of images in
-one launch. Features are not normalised beforehand: inverse norms scale the products, which saves a rounding and a pass.
+`pack` moves the kept source patches together; `match` multiplies blocks of target patches with them, all pairs of
+images in one launch. Features are not normalised beforehand: inverse norms scale the products, which saves a rounding
+and a pass.
 """
 
 import torch
@@ -29,8 +30,8 @@ def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, 
         target, target_norm, targets * patches, channels, ROWS=PACK_ROWS, COLUMNS=64, enable_fp_fusion=True
     )
     pack_kernel[(triton.cdiv(patches, PACK_ROWS), sources)](
-        source, source_mask.contiguous().view(torch.uint8), packed, packed_index, source_norm, length, patches, channels,
-        ROWS=PACK_ROWS, COLUMNS=64, MASK_SIZE=triton.next_power_of_2(patches), enable_fp_fusion=True,
+        source, source_mask.contiguous().view(torch.uint8), packed, packed_index, source_norm, length,
+        patches, channels, ROWS=PACK_ROWS, COLUMNS=64, MASK_SIZE=triton.next_power_of_2(patches), enable_fp_fusion=True,
     )  # fmt: skip
     rows, keys, columns = blocks_for(target.dtype)
     match_kernel[(triton.cdiv(targets * patches, rows), sources)](
@@ -43,7 +44,7 @@ def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, 
 
 
 def blocks_for(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Target patches, source patches and channels of one step. Float32 has no tensor cores and takes twice the space."""
+    """Target patches, source patches and channels of one step. Float32 takes twice the space, and no tensor cores."""
     return (64, 64, 32) if dtype == torch.float32 else (128, 256, 64)
 
 
@@ -78,8 +79,7 @@ def pack_kernel(
     """
     block, image = tl.program_id(0), tl.program_id(1)
     patch = tl.arange(0, MASK_SIZE)
-    inside = (patch < patches) & (patch < block * ROWS)
-    before = tl.load(mask_ptr + image * patches + patch, mask=inside, other=0).to(tl.int32)
+    before = tl.load(mask_ptr + image * patches + patch, mask=patch < block * ROWS, other=0).to(tl.int32)
     row = block * ROWS + tl.arange(0, ROWS)
     kept = tl.load(mask_ptr + image * patches + row, mask=row < patches, other=0).to(tl.int32)
     end = tl.sum(before) + tl.cumsum(kept)

@@ -15,22 +15,22 @@ def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, 
     index = torch.zeros(targets, len(source), patches, dtype=torch.int64, device=target.device)
     distance = torch.full_like(index, 2.0, dtype=torch.float32)
     for image, mask in enumerate(source_mask):
-        nearest = _nearest_kept if target.device.type == "cpu" else _nearest
+        nearest = nearest_kept if target.device.type == "cpu" else nearest_of
         found = nearest(rows, source[image], mask)
         index[:, image], distance[:, image] = (each.view(targets, patches) for each in found)
     return index, distance
 
 
-def _nearest_kept(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`_nearest` without the masked patches: their number is needed on the host, which is free on a CPU only."""
+def nearest_kept(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest_of` without the masked patches: their number is needed on the host, which is free on a CPU only."""
     kept = mask.nonzero()[:, 0]
     if len(kept) == 0:
         return torch.zeros(len(rows), dtype=torch.int64), torch.full((len(rows),), 2.0)
-    index, distance = _nearest(rows, source[kept], mask[kept])
+    index, distance = nearest_of(rows, source[kept], mask[kept])
     return kept[index], distance
 
 
-def _nearest(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_of(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """rows [R, C], source [P, C] under its mask [P] -> index int64 [R], distance float32 [R]."""
     slabs = [
         (1 - (slab @ source.T).float()).masked_fill(~mask, 2.0).min(dim=-1)

@@ -19,7 +19,7 @@ def cross_attention(
 
     Raises ValueError for an unknown backend.
     """
-    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128 and k.shape[2] <= 128)
+    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 64 and k.shape[2] <= 128)
     if chosen == "fused":
         from consistory.kernels.cross_attention import fused
 

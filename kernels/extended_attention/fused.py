@@ -102,7 +102,7 @@ def attend(
 
 @triton.jit
 def offset(strides, half, image, head):
-    """Where a [G, N, H, P, d] tensor holds the rows of one head. 64 bit: the whole tensor may have more than 2^31 values."""
+    """Where a [G, N, H, P, d] tensor holds the rows of one head; 64 bit, as it may hold more than 2^31 values."""
     return half.to(tl.int64) * strides[0] + image.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
 
 
@@ -152,10 +152,10 @@ def pack_kernel(
 
 @triton.jit
 def stream(
-    q, acc, l, m, k_ptr, k_stride, v_ptr, v_stride, length, scale,
+    q, acc, norm, m, k_ptr, k_stride, v_ptr, v_stride, length, scale,
     EVEN: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Fold `length` keys into the online softmax: acc [Q, WIDTH], its normaliser l [Q] and the running maximum m [Q].
+    """Fold `length` keys into the online softmax: acc [Q, WIDTH], its normaliser [Q] and the running maximum m [Q].
 
     EVEN: length is a multiple of KEYS, so no block needs a mask.
     """
@@ -170,9 +170,9 @@ def stream(
         decay = tl.exp2(m - new_m)
         v = load_rows(v_ptr, v_stride, key, length, EVEN, HEAD_SIZE, WIDTH)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        l = l * decay + tl.sum(p, 1)
+        norm = norm * decay + tl.sum(p, 1)
         m = new_m
-    return acc, l, m
+    return acc, norm, m
 
 
 @triton.jit
@@ -195,23 +195,23 @@ def attend_kernel(
         q = ((1 - weight) * q + weight * q_vanilla).to(q.dtype)
 
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
-    l = tl.zeros([QUERIES], tl.float32)
+    norm = tl.zeros([QUERIES], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     own_k = k_ptr + offset(k_strides, half, image, head)
     own_v = v_ptr + offset(v_strides, half, image, head)
-    acc, l, m = stream(
-        q, acc, l, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, EVEN, HEAD_SIZE, WIDTH, KEYS
+    acc, norm, m = stream(
+        q, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, EVEN, HEAD_SIZE, WIDTH, KEYS
     )
     for anchor in range(anchors):
         reads = tl.load(share_ptr + image * anchors + anchor) != 0
         length = tl.load(length_ptr + anchor, mask=reads, other=0)
         first = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches * HEAD_SIZE
-        acc, l, m = stream(
-            q, acc, l, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE, length, scale,
+        acc, norm, m = stream(
+            q, acc, norm, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE, length, scale,
             False, HEAD_SIZE, WIDTH, KEYS,
         )  # fmt: skip
 
     column = tl.arange(0, WIDTH)
     address = out_ptr + offset(out_strides, half, image, head) + row[:, None] * out_strides[3] + column[None, :]
-    out = acc / l[:, None]
+    out = acc / norm[:, None]
     tl.store(address, out.to(out_ptr.dtype.element_ty), mask=(row < patches)[:, None] & (column < HEAD_SIZE)[None, :])

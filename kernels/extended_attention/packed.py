@@ -13,11 +13,11 @@ def extended_attention(
     Packing needs the number of kept keys on the host. On a CPU that is free; on any other device it would stall the
     queue, so there the keys stay where they are and a mask hides those that are not read.
     """
-    attend = _attend_packed if q.device.type == "cpu" else _attend_masked
+    attend = attend_packed if q.device.type == "cpu" else attend_masked
     return attend(q, k, v, anchor_k, anchor_v, key_mask, share)
 
 
-def _attend_packed(
+def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
 ) -> Tensor:
     """One call for each distinct row of `share`: A + 1 when anchors see each other and all others see the anchors."""
@@ -38,7 +38,7 @@ def _join(own: Tensor, anchors: Tensor, anchor: Tensor, patch: Tensor) -> Tensor
     return torch.cat([own, kept[:, None].expand(-1, own.shape[1], -1, -1, -1)], dim=3)
 
 
-def _attend_masked(
+def attend_masked(
     q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
 ) -> Tensor:
     """One call over all keys of all anchors, those not read under a mask. Nothing is skipped, nothing synchronises."""

@@ -1,8 +1,8 @@
 """Feature injection in Triton: one launch, although the images depend on each other.
 
-A blended patch of image i is a geometric chain: (1 - alpha) of itself, alpha of its source; where the source belongs to an
-anchor that is blended before i, that source is in turn a blend. Anchors come in order, so the chain visits each at most
-once. Every program follows the chains of its own patches in the unblended features: nobody waits for anybody.
+A blended patch of image i is (1 - alpha) of itself and alpha of its source; where the source belongs to an anchor that
+is blended before i, that source is a blend in turn. Anchors come in order, so such a chain visits each at most once.
+Every program follows the chains of its own patches through the unblended features: none waits for another.
 """
 
 import torch
@@ -46,7 +46,8 @@ def inject_kernel(
     inside, column_inside = row < patches, (column < channels)[None, :]
     place = target.to(tl.int64) * patches + row
 
-    # A chain stands at patch `at` of `image` with the weight that is still to be given away; it ends where no blend is.
+    # A chain stands at patch `at` of `image` and has `weight` left to give away. It ends at the first patch that is
+    # not a blend, which takes all of it.
     at, image, weight = place, tl.zeros([PATCHES], tl.int64) + target, tl.full([PATCHES], 1.0, tl.float32)
     going = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
     x = tl.load(x_ptr + at[:, None] * channels + column[None, :], mask=inside[:, None] & column_inside, other=0.0)
@@ -56,16 +57,15 @@ def inject_kernel(
         at = source * patches + tl.load(source_index_ptr + at, mask=going, other=0)
         weight = tl.where(going, weight * alpha, 0.0)
         source_ptr = anchor_ptr if RECORDED else x_ptr
-        blended_before = going & (source < image) & (not RECORDED)
-        arrived = going
-        going = blended_before & (tl.load(mask_ptr + at, mask=blended_before, other=0) != 0)
         x = tl.load(
-            source_ptr + at[:, None] * channels + column[None, :], mask=arrived[:, None] & column_inside, other=0.0
+            source_ptr + at[:, None] * channels + column[None, :], mask=going[:, None] & column_inside, other=0.0
         )
-        total += (weight * tl.where(going, 1 - alpha, 1.0))[:, None] * x.to(tl.float32)
-        image = source
-    tl.store(
-        out_ptr + place[:, None] * channels + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & column_inside,
-    )
+        if not RECORDED:
+            going = going & (source < image)
+            going = going & (tl.load(mask_ptr + at, mask=going, other=0) != 0)
+            image = source
+            total += (weight * tl.where(going, 1 - alpha, 1.0))[:, None] * x.to(tl.float32)
+        else:
+            total += weight[:, None] * x.to(tl.float32)
+    out_ptr += place[:, None] * channels + column[None, :]
+    tl.store(out_ptr, total.to(x.dtype), mask=inside[:, None] & column_inside)

@@ -255,8 +255,14 @@ def resume(run: Run, path: Path) -> None:
         run.step, run.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
     run.model.load_state_dict(_below("model.", tensors))
     run.average.load_state_dict(_below("average.", tensors))
-    names = (name for name, _ in run.model.named_parameters())
-    state = {index: _below(f"optimizer.{name}.", tensors) for index, name in enumerate(names)}
+    state = {}
+    for index, (name, parameter) in enumerate(run.model.named_parameters()):
+        values = _below(f"optimizer.{name}.", tensors)  # none for weights that never had a gradient
+        # Fused AdamW reads weights and moments in the order of memory, so they have to have the same strides.
+        state[index] = {
+            key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            for key, value in values.items()
+        }
     run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
     logger.info("resumed %s at step %d", path, run.step)
 

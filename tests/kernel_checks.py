@@ -1,0 +1,61 @@
+"""What the tests of the kernels share: where they run, in which precisions, and how exact a result has to be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Triton's interpreter computes bfloat16 wrongly, so on a CPU the half precision is float16 alone.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or not (DEVICE == "cuda" or INTERPRETED),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+)
+FAST = ["packed", pytest.param("fused", marks=needs_triton)]
+ALL = ["reference", *FAST]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Standard normal numbers, the same ones for every precision and device."""
+    return torch.randn(shape, generator=generator(seed)).to(DEVICE, dtype)
+
+
+def draw_mask(shape: tuple[int, ...], share: float, seed: int) -> Tensor:
+    return (torch.rand(shape, generator=generator(seed)) < share).to(DEVICE)
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """Relative error, in the root mean square. NaN wherever the output is."""
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_as_good_as(plain: Tensor, out: Tensor, exact: Tensor) -> None:
+    """`out` strays from the float64 result at most twice as far as plain PyTorch operations in its precision do."""
+    assert out.shape == exact.shape
+    assert error(out, exact) <= 2 * error(plain, exact) + 1e-7
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory nobody has written holds NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

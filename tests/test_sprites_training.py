@@ -1,0 +1,271 @@
+"""The trainer of the embedded model: schedule, checkpoints that resume exactly, losses, and the exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from consistory.attention import AttentionControl, Site
+from consistory.config import ScheduleConfig
+from consistory.ddim import add_noise, alpha_bars
+from consistory.unet import Conditioning
+from consistory.weights.sprites import train as training
+from consistory.weights.sprites.train import (
+    SCHEDULER_JSON,
+    SNR_CAP,
+    Captions,
+    Denoiser,
+    MatmulAttention,
+    Plan,
+    Pool,
+    Run,
+    denoising_loss,
+    export,
+    generator_for,
+    load_vae,
+    resume,
+    sample,
+    save,
+    start,
+    train,
+    train_vae,
+    update_average,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+
+
+def plan(images: int, batch: int = 4, rate: float = 1e-2) -> Plan:
+    return Plan(images=images, minutes=None, batch=batch, rate=rate, warm_up=2, save_every=1e9)
+
+
+def toy_run() -> Run:
+    torch.manual_seed(0)
+    return start(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)))
+
+
+def fit(run: Run, images: int, path: Path) -> None:
+    """A regression on data that depend on the step only."""
+
+    def loss_of(step: int) -> Tensor:
+        x = torch.randn(4, 5, generator=generator_for(1, step))
+        return (run.model(x) - x[:, :2]).square().mean()
+
+    train(run, plan(images), loss_of, path)
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class TestSchedule:
+    def test_rate_rises_linearly_then_falls_to_zero(self) -> None:
+        run = toy_run()
+        rates = []
+        for step in range(0, 101):
+            run.step = step
+            rates.append(Plan(images=1000, minutes=None, batch=10, rate=1.0, warm_up=10).learning_rate(run))
+        assert rates[0] == pytest.approx(0.1)
+        assert max(rates) == pytest.approx(rates[9], rel=0.03) and rates[9] > 0.97
+        assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+        assert rates[50] == pytest.approx(0.5)
+        assert rates[100] == pytest.approx(0.0, abs=1e-9)
+
+    def test_minutes_count_time_already_spent(self) -> None:
+        run = toy_run()
+        run.seconds = 90.0
+        assert Plan(images=None, minutes=6, batch=4, rate=1.0).progress(run) == pytest.approx(0.25)
+
+    def test_a_longer_plan_continues_a_finished_run(self, tmp_path: Path) -> None:
+        fit(toy_run(), 12, tmp_path / "run.safetensors")
+        longer = toy_run()
+        resume(longer, tmp_path / "run.safetensors")
+        fit(longer, 24, tmp_path / "run.safetensors")
+        assert longer.step == 6
+
+
+class TestCheckpoints:
+    def test_stopping_and_resuming_changes_nothing(self, tmp_path: Path) -> None:
+        whole = toy_run()
+        fit(whole, 24, tmp_path / "whole.safetensors")
+
+        first = toy_run()
+        stop = 3
+
+        def until_stop(step: int) -> Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 5, generator=generator_for(1, step))
+            return (first.model(x) - x[:, :2]).square().mean()
+
+        with pytest.raises(KeyboardInterrupt):
+            train(first, plan(24), until_stop, tmp_path / "parts.safetensors")
+        save(first, tmp_path / "parts.safetensors")
+
+        second = toy_run()
+        resume(second, tmp_path / "parts.safetensors")
+        assert second.step == stop
+        fit(second, 24, tmp_path / "parts.safetensors")
+        assert same_tensors(tmp_path / "whole.safetensors", tmp_path / "parts.safetensors")
+
+    def test_the_autoencoders_stage_resumes_exactly(self, tmp_path: Path) -> None:
+        for folder, lengths in {"whole": [4], "parts": [2, 4]}.items():
+            (tmp_path / folder).mkdir()
+            for images in lengths:
+                # The rate depends on the length of the plan, so both halves of the interrupted run use the whole's.
+                length = plan(4, batch=1, rate=1e-3)
+                run_until(tmp_path / folder, length, images)
+        assert same_tensors(tmp_path / "whole" / "vae.safetensors", tmp_path / "parts" / "vae.safetensors")
+
+    def test_nothing_half_written_stays_behind(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.safetensors"
+        fit(toy_run(), 8, path)
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    def test_resume_without_a_checkpoint_starts_at_zero(self, tmp_path: Path) -> None:
+        run = toy_run()
+        resume(run, tmp_path / "none.safetensors")
+        assert run.step == 0
+
+
+def run_until(work: Path, length: Plan, images: int) -> None:
+    """Run the first stage, stopped once it has seen so many images."""
+    progress = Plan.progress
+
+    def stopped(self: Plan, run: Run) -> float:
+        return 1.0 if run.step * self.batch >= images else progress(self, run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "progress", stopped)
+        patch.setattr(training, "save_grid", lambda *args, **kwargs: None)
+        train_vae(work, length, seed=0, device=CPU)
+
+
+class TestAverage:
+    def test_moves_towards_the_weights_and_forgets_the_start(self) -> None:
+        run = toy_run()
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.fill_(1.0)
+        distances = []
+        for step in range(300):
+            run.step = step
+            update_average(run)
+            distances.append(max((p - 1).abs().max().item() for p in run.average.parameters()))
+        assert distances[0] > distances[10] > distances[-1]
+        assert distances[-1] < 1e-6
+
+
+class Constant(nn.Module):
+    """Stands for a denoiser: always predicts the same noise."""
+
+    def __init__(self, prediction: Tensor):
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        return self.prediction
+
+
+class TestDenoising:
+    @pytest.mark.parametrize("t", [0, 100, 400, 999])
+    def test_loss_is_the_error_of_the_noise_capped_by_snr(self, t: int) -> None:
+        generator = generator_for(0)
+        x0, eps, predicted = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
+        bars = alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON))
+        ids, known = torch.zeros(2, 77, dtype=torch.long), torch.ones(2, dtype=torch.bool)
+        loss = denoising_loss(Constant(predicted), bars, x0, eps, torch.tensor([t, t]), ids, ids, known)  # type: ignore[arg-type]
+        # Weighted so, the error of eps is the error of x0 scaled by SNR, and by the cap where SNR is above it.
+        snr = bars[t] / (1 - bars[t])
+        x = add_noise(x0, eps, bars[t])
+        implied = (x - (1 - bars[t]).sqrt() * predicted) / bars[t].sqrt()
+        assert loss.item() == pytest.approx((min(snr.item(), SNR_CAP) * (implied - x0) ** 2).mean().item(), rel=1e-3)
+
+    def test_without_a_caption_the_conditioning_is_zero(self, tmp_path: Path) -> None:
+        tokenize = Captions(tmp_path)
+        model = Denoiser(tokenize.vocabulary)
+        cond = model.condition(*tokenize(["a cat in space"] * 2, CPU), torch.tensor([True, False]))
+        assert cond.context.shape == (2, 77, 160) and cond.pooled.shape == (2, 96)
+        assert cond.context[0].any() and cond.pooled[0].any()
+        assert not cond.context[1].any() and not cond.pooled[1].any()
+
+    def test_captions_differ_in_padding_only(self, tmp_path: Path) -> None:
+        tokenize = Captions(tmp_path)
+        ids, ids_2 = tokenize(["a cat in space"], CPU)
+        length = 2 + len("a cat in space".split())
+        assert torch.equal(ids[:, :length], ids_2[:, :length])
+        assert (ids[:, length:] == tokenize.vocabulary - 1).all() and (ids_2[:, length:] == 0).all()
+
+    def test_matrix_products_equal_fused_attention(self) -> None:
+        q, k, v = (torch.randn(2, 3, n, 8) for n in (10, 6, 6))
+        site = Site("mid", 0, 2)
+        expected = AttentionControl().cross_attention(q, k, v, site)
+        torch.testing.assert_close(MatmulAttention().cross_attention(q, k, v, site), expected)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder as after both stages, with random weights."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    save(start(training.VAE(training.VAEConfig.from_json(training.VAE_JSON))), folder / "vae.safetensors")
+    save(start(Denoiser(Captions(folder).vocabulary)), folder / "unet.safetensors")
+    return folder
+
+
+def denoiser(work: Path) -> Denoiser:
+    run = start(Denoiser(Captions(work).vocabulary))
+    resume(run, work / "unet.safetensors")
+    assert isinstance(run.average, Denoiser)
+    return run.average
+
+
+class TestResults:
+    def test_latents_are_scaled_to_unit_variance(self, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(training, "POOL", 64)
+        vae = load_vae(work, CPU)
+        pool = Pool.draw(vae, seed=5, number=0, device=CPU)
+        assert pool.latents.shape == (64, 4, 32, 32) and len(pool.scenes) == 64
+        assert pool.latents.std().item() == pytest.approx(1, rel=0.1)
+
+    def test_samples_depend_on_the_generator_only(self, work: Path) -> None:
+        model, vae = denoiser(work), load_vae(work, CPU)
+        ids = Captions(work)(["a cat in space", "a fish in the snow"], CPU)
+        first, again, other = (sample(model, vae, ids, generator_for(seed), steps=2) for seed in (1, 1, 2))
+        assert first.shape == (2, 3, 64, 64) and 0 <= first.min() and first.max() <= 1
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+    def test_export_is_what_diffusers_and_transformers_read(self, work: Path, tmp_path: Path) -> None:
+        from diffusers import StableDiffusionXLPipeline
+
+        export(work, tmp_path)
+        pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+        assert pipe.vae.config.scaling_factor == pytest.approx(load_vae(work, CPU).config.scaling_factor)
+        assert pipe.config.force_zeros_for_empty_prompt
+
+        prompts = ["a cat in space", "a red fish in the snow"]
+        context, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        model = denoiser(work)
+        cond = model.condition(*Captions(work)(prompts, CPU))
+        # The exported weights are float16: half its precision, relative to the largest entries.
+        for ours, theirs in ((cond.context, context), (cond.pooled, pooled)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
+
+        x, t = torch.randn(2, 4, 32, 32), torch.tensor([700, 20])
+        added = {"text_embeds": pooled, "time_ids": cond.sizes}
+        theirs = pipe.unet(x, t, context, added_cond_kwargs=added).sample
+        ours = model.unet(x, t, Conditioning(context, pooled, cond.sizes))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3 * theirs.abs().max().item())
+
+    def test_export_loads_in_the_library(self, work: Path, tmp_path: Path) -> None:
+        from consistory import ConsiStory
+
+        export(work, tmp_path)
+        story = ConsiStory.from_pretrained(tmp_path)(
+            subject="a cat", settings=["in space", "in the snow"], concepts=["cat"], seed=1, steps=4
+        )
+        assert story.images.shape == (2, 64, 64, 3)
