@@ -168,8 +168,6 @@ def specimens() -> list[Specimen]:
     return [
         attention(64, half, 4096),
         attention(64, half, 3952),
-        attention(64, torch.bfloat16, 4096),
-        attention(16, half, 4096),
         attention(40, half, 4096),
         attention(128, half, 4096),
         attention(64, torch.float32, 4096),

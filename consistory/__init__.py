@@ -1,9 +1,22 @@
 """Training-free consistent text-to-image generation (ConsiStory, Tewel et al. 2024) on SDXL."""
 
+from typing import TYPE_CHECKING, Any
+
 from consistory.weights.errors import ConsistoryError
 
 from .config import ConsistoryConfig, FreeU, QueryBlend
-from .model import ConsiStory, Story
+
+if TYPE_CHECKING:
+    from .model import ConsiStory, Story
 
 __all__ = ["ConsiStory", "ConsistoryConfig", "ConsistoryError", "FreeU", "QueryBlend", "Story"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch, which takes seconds, when it is first asked for: `consistory --help` does not wait."""
+    if name in ("ConsiStory", "Story"):
+        from . import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

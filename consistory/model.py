@@ -244,7 +244,7 @@ class ConsiStory:
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.unet.config.sample_size * self.vae.config.stride
-        multiple = self.vae.config.stride * self.unet.strides[-1]
+        multiple = self.vae.config.stride * 2 ** (len(self.unet.config.widths) - 1)
         height, width = height or native, width or native
         if height < multiple or width < multiple or height % multiple or width % multiple:
             raise ConsistoryError(f"size {width}x{height} does not fit the model: use multiples of {multiple} pixels")

@@ -8,7 +8,7 @@ also copies features between such patches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -85,12 +85,15 @@ class State:
     """Between two steps: `step` is the next one, x [N, 4, h, w] its input, cross_maps one [N, P, K] per past step.
 
     dift: [N, C, h, w] features of the step just made; None before the first.
+    vanilla: the next step's vanilla queries, filled in that step. Both passes go through the state where injection
+        starts, and the second finds them there.
     """
 
     step: int
     x: Tensor
     cross_maps: list[Tensor]
     dift: Tensor | None = None
+    vanilla: RecordQueries = field(default_factory=RecordQueries)
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,10 @@ def guided_output(plan: Plan, state: State, injection: Injection | None) -> tupl
     sharing = plan_sharing(plan, state)
     control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
     encoded = plan.unet.encode(x, t, plan.cond, control)
-    if sharing is not None and sharing.vanilla is not None:
+    if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
         plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
-        plan.unet.decode_blocks(plan.unet.attended_blocks, plain, sharing.vanilla[0], plan.config.freeu)
+        plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
     output = plan.unet.decode(encoded, control, plan.config.freeu)
     unconditional, conditional = output.float().chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control
@@ -178,7 +181,7 @@ def plan_sharing(plan: Plan, state: State) -> Sharing | None:
     masks = current_masks(plan, state)
     key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
     weight = blend_weight(plan.config, state.step, plan.steps)
-    return Sharing(key_masks, plan.share, None if weight is None else (RecordQueries(), weight))
+    return Sharing(key_masks, plan.share, None if weight is None else (state.vanilla, weight))
 
 
 def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:

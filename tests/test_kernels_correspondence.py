@@ -103,7 +103,7 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(whole[1], slabs[1], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("side", [8, pytest.param(24, marks=needs_gpu if DEVICE == "cpu" else [])])
 @pytest.mark.parametrize("backend", ALL)
 def test_recorded_matches(backend: Backend, side: int, golden: Any) -> None:
     tensors, _ = golden("algo_units")

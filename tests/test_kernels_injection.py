@@ -76,7 +76,7 @@ def test_recorded_anchors_give_what_anchors_in_the_batch_give(backend: Backend) 
     torch.testing.assert_close(alone, together[2:])
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", ["reference", "packed", pytest.param("fused", marks=needs_gpu)])
 def test_recorded_batch(backend: Backend, golden: Any) -> None:
     tensors, facts = golden("algo_units")
     best = tensors["inject/nn_dist64"][:, :2].min(dim=1)
@@ -89,7 +89,7 @@ def test_recorded_batch(backend: Backend, golden: Any) -> None:
     torch.testing.assert_close(out, tensors["inject/out"], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", ["reference", "packed", pytest.param("fused", marks=needs_gpu)])
 def test_recorded_extra_image(backend: Backend, golden: Any) -> None:
     tensors, _ = golden("algo_units")
     best = tensors["inject_anchor/nn_dist64"].min(dim=1)

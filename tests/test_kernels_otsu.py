@@ -53,8 +53,9 @@ def test_recorded_thresholds(golden: Any) -> None:
         assert ((x > threshold).sum().item(), (x < threshold).sum().item()) == (fact["n_above"], fact["n_below"])
 
 
+@pytest.mark.golden
 def test_recorded_attention_maps(golden: Any) -> None:
-    tensors, _ = golden("case1b_batch_n19")
+    tensors, _ = golden("case1_batch")
     steps = [name for name in tensors if "attnmap32" in name]
     assert steps
     for name in steps:

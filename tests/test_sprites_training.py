@@ -243,7 +243,7 @@ class TestResults:
         from diffusers import StableDiffusionXLPipeline
 
         export(work, tmp_path)
-        pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+        pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path)
         assert pipe.vae.config.scaling_factor == pytest.approx(load_vae(work, CPU).config.scaling_factor)
         assert pipe.config.force_zeros_for_empty_prompt
 

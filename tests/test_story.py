@@ -43,8 +43,13 @@ def unet() -> UNet:
 
 
 def make_plan(
-    unet: UNet, config: ConsistoryConfig | None = None, *, images: int = 3, anchors: int = 2, steps: int = 12,
-    latent_size: tuple[int, int] = (16, 24),
+    unet: UNet,
+    config: ConsistoryConfig | None = None,
+    *,
+    images: int = 3,
+    anchors: int = 2,
+    steps: int = 10,
+    latent_size: tuple[int, int] = (8, 12),
 ) -> Plan:
     """Image i has the same prompt in every plan, however many there are."""
     context = torch.stack([2 * randn(TOKENS, 20, seed=100 + i) for i in range(images)])
@@ -167,9 +172,9 @@ def test_equals_the_method_written_out(unet: UNet, name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 11, 12])
 def test_any_number_of_steps(unet: UNet, steps: int) -> None:
-    plan = make_plan(unet, REFERENCE, steps=steps, latent_size=(8, 12))
+    plan = make_plan(unet, REFERENCE, steps=steps)
     actual, expected = tell(plan, noise(plan)), naive_tell(plan, noise(plan))
     assert actual.latents.isfinite().all()
     torch.testing.assert_close(actual.latents, expected.latents, atol=1e-5, rtol=0)

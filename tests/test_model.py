@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from consistory.weights import loading
+from parity import randn
+from safetensors.torch import load_file, save_file
+from single_file import to_original
+
+from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
+from consistory.model import (
+    check_anchors,
+    check_sampling,
+    compose_prompts,
+    expand_seeds,
+    find_concept,
+    initial_noise,
+    usable_device,
+)
+
+PROMPTS = ["a photo of a cute dog sitting on the beach", "a watercolor of a fluffy dog, by night"]
+QUICK: dict[str, Any] = {"prompts": PROMPTS, "concepts": ["dog"], "steps": 1, "width": 32, "height": 64}
+VANILLA = ConsistoryConfig.vanilla()
+
+
+@pytest.fixture(scope="module")
+def pipe(golden_weights: Path) -> ConsiStory:
+    return ConsiStory.from_pretrained(golden_weights)
+
+
+# --- prompts, seeds, noise --------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_style_subject_setting() -> None:
+    assert compose_prompts("a cat", ["on the beach", "in space"]) == ["a cat on the beach", "a cat in space"]
+    assert compose_prompts(" a cat ", ["asleep", ""], "a photo of") == ["a photo of a cat asleep", "a photo of a cat"]
+
+
+@pytest.mark.parametrize("subject", ["", "  "])
+def test_prompts_need_a_subject(subject: str) -> None:
+    with pytest.raises(ConsistoryError, match="no subject is given"):
+        compose_prompts(subject, ["on the beach"])
+
+
+def test_prompts_need_a_setting() -> None:
+    with pytest.raises(ConsistoryError, match="no setting is given"):
+        compose_prompts("a cat", [])
+
+
+@pytest.mark.parametrize(
+    "subject, concept",
+    [
+        ("a cute dog", "dog"),
+        ("an old man with a beard", "man"),
+        ("a cat wearing a hat", "cat"),
+        ("robot", "robot"),
+        ("the red fox, sleeping", "fox"),
+        ("A Cat", "Cat"),
+        ("a photo of a hedgehog", "hedgehog"),
+        ("a teddy bear", "bear"),
+        ("a girl who sings", "girl"),
+        ("the witch's cat", "cat"),
+        ("a T-shirt", "T-shirt"),
+        ("ein kleiner Bär", "Bär"),
+        ("a man in black", "man"),
+        ("a dog (a poodle)", "dog"),
+        ("a smiling woman", "woman"),
+        ("a king", "king"),
+        ("a wedding ring", "ring"),
+        ("a girl without shoes", "girl"),
+    ],
+)
+def test_the_concept_is_the_subjects_head_noun(subject: str, concept: str) -> None:
+    assert find_concept(subject) == concept
+
+
+@pytest.mark.parametrize("subject", ["", "the", "a, b", "with a hat"])
+def test_a_subject_without_a_noun(subject: str) -> None:
+    with pytest.raises(ConsistoryError, match="no concept is found"):
+        find_concept(subject)
+
+
+def test_a_seed_counts_up_or_is_given_for_each_picture() -> None:
+    assert expand_seeds(7, 3) == [7, 8, 9]
+    assert expand_seeds([5, 3, 5], 3) == [5, 3, 5]
+    assert expand_seeds(2**63 - 1, 1) == [2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    "seed, says", [([1, 2], "2 seeds are given for 3"), (-1, "out of range"), (2**63 - 2, "out of range")]
+)
+def test_seeds_that_do_not_fit(seed: Any, says: str) -> None:
+    with pytest.raises(ConsistoryError, match=says):
+        expand_seeds(seed, 3)
+
+
+def test_noise_of_a_picture_depends_on_its_seed_alone() -> None:
+    shape = (4, 6, 10)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    noise = initial_noise([3, 9, 3], shape)
+    assert noise.shape == (3, *shape)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise[1:2], initial_noise([9], shape))
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    many = initial_noise(range(20), (4, 32, 32))
+    assert abs(many.mean()) < 0.02
+    assert abs(many.std() - 1) < 0.02
+
+
+def test_two_anchors_or_one_for_a_single_picture() -> None:
+    assert [check_anchors(None, n) for n in (1, 2, 3, 100)] == [1, 2, 2, 2]
+    assert check_anchors(3, 3) == 3
+
+
+@pytest.mark.parametrize("steps", [1, 50, 500, 999])
+def test_accepted_steps_can_be_sampled(pipe: ConsiStory, steps: int) -> None:
+    check_sampling(steps, pipe.schedule, 5.0)
+    timesteps = ddim.timesteps(pipe.schedule, steps)
+    assert len(timesteps) == steps
+    assert 0 <= min(timesteps) <= max(timesteps) < pipe.schedule.train_steps
+
+
+# --- what cannot be done ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"prompts": []}, "0 prompts"),
+        ({"prompts": ["a dog"] * 101}, "101 prompts.*1 to 100"),
+        ({"prompts": [*PROMPTS, "a cat"]}, "'dog' is not in the prompt 'a cat'"),
+        ({"prompts": None}, "no subject"),
+        ({"prompts": None, "subject": "a dog"}, "no setting"),
+        ({"concepts": None}, "no concept"),
+        ({"concepts": []}, "concept"),
+        ({"concepts": ["dog", ""]}, "is empty"),
+        ({"width": 40}, "40x64.*multiples of 32"),
+        ({"height": -64}, "multiples of 32"),
+        ({"height": 0}, "multiples of 32"),
+        ({"anchors": 3}, "3 anchors.*2 pictures"),
+        ({"anchors": 0}, "0 anchors"),
+        ({"seed": [1, 2, 3]}, "3 seeds.*2 pictures"),
+        ({"seed": -5}, "out of range"),
+        ({"latents": torch.zeros(2, 4, 4, 8)}, r"\[2, 4, 4, 8\].*\[2, 4, 8, 4\]"),
+        ({"latents": torch.zeros(3, 4, 8, 4)}, r"\[3, 4, 8, 4\].*\[2, 4, 8, 4\]"),
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 1000}, "1000 steps.*1 to 999"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"guidance": float("inf")}, "guidance inf"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(pipe: ConsiStory, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConsistoryError, match=says) as error:
+        pipe(**(QUICK | arguments))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", ""])
+def test_devices_that_are_not_there(device: str) -> None:
+    with pytest.raises(ConsistoryError, match=r"cannot be used.*use cpu, cuda or mps") as error:
+        usable_device(device)
+    assert "\n" not in str(error.value)
+    assert usable_device("cpu") == torch.device("cpu")
+
+
+def test_a_checkpoint_on_a_device_that_is_not_there(golden_weights: Path) -> None:
+    with pytest.raises(ConsistoryError, match="cannot be used"):
+        ConsiStory.from_pretrained(golden_weights, device="quantum")
+
+
+def test_latents_that_are_not_finite(pipe: ConsiStory) -> None:
+    latents = randn(2, 4, 4, 4)
+    latents[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ConsistoryError, match=r"not finite.*dtype"):
+        pipe.decode(latents)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_recorded(golden: Any, pipe: ConsiStory) -> None:
+    units, facts = golden("model_units")
+    context, pooled = pipe.encode_prompts(facts["prompts"])
+    torch.testing.assert_close(context, units["encode_prompt/prompt_embeds"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, units["encode_prompt/pooled"], atol=1e-5, rtol=0)
+    for i, negative in enumerate(facts["negative_prompts"]):
+        context, pooled = pipe.encode_prompts([negative])
+        recorded = units["encode_prompt_neg/negative_prompt_embeds"][i : i + 1]
+        torch.testing.assert_close(context, recorded, atol=1e-5, rtol=0)
+        torch.testing.assert_close(pooled, units["encode_prompt_neg/negative_pooled"][i : i + 1], atol=1e-5, rtol=0)
+
+
+def conditioning(pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> Any:
+    """What the UNet is conditioned on, with the context as it is before keys and values are made of it."""
+    contexts, conds = [], []
+    prompt_keys, encode = pipe.unet.prompt_keys, pipe.unet.encode
+    monkeypatch.setattr(pipe.unet, "prompt_keys", lambda context: contexts.append(context) or prompt_keys(context))
+    monkeypatch.setattr(pipe.unet, "encode", lambda x, t, c, control: conds.append(c) or encode(x, t, c, control))
+    pipe(**(QUICK | {"config": VANILLA} | arguments))
+    return contexts[0], conds[0]
+
+
+def test_without_a_negative_prompt_the_unconditional_half_is_zero(
+    pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, cond = conditioning(pipe, monkeypatch)
+    with torch.no_grad():
+        expected, pooled = pipe.encode_prompts(PROMPTS)
+    assert not context[:2].any()
+    assert not cond.pooled[:2].any()
+    assert torch.equal(context[2:], expected)
+    assert torch.equal(cond.pooled[2:], pooled)
+    assert cond.sizes.tolist() == [[64, 32, 0, 0, 64, 32]] * 4
+
+
+@pytest.mark.parametrize("negative", ["blurry, low quality", ""])
+def test_a_negative_prompt_is_encoded_like_any_other(
+    pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch, negative: str
+) -> None:
+    context, cond = conditioning(pipe, monkeypatch, negative_prompt=negative)
+    with torch.no_grad():
+        expected, pooled = pipe.encode_prompts([negative])
+    for i in range(2):
+        torch.testing.assert_close(context[i], expected[0])
+        torch.testing.assert_close(cond.pooled[i], pooled[0])
+
+
+def test_a_checkpoint_may_want_the_empty_prompt_encoded(pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, _ = conditioning(replace(pipe, zero_negative=False), monkeypatch)
+    with torch.no_grad():
+        expected, _ = pipe.encode_prompts([""])
+    torch.testing.assert_close(context[0], expected[0])
+
+
+# --- stories ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_story(pipe: ConsiStory) -> None:
+    calls: list[tuple[int, int]] = []
+    story = pipe(
+        subject="a cute dog", settings=["on the beach", "in the snow", "by night"], style="a photo of", seed=7, steps=2,
+        width=32, height=64, on_step=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert story.images.shape == (3, 64, 32, 3)
+    assert story.images.dtype == np.uint8
+    assert story.prompts[0] == "a photo of a cute dog on the beach"
+    assert story.concepts == ["dog"]
+    assert story.seeds == [7, 8, 9]
+    assert story.latents.shape == (3, 4, 8, 4)
+    assert story.latents.dtype == torch.float32
+    assert {stride: mask.shape for stride, mask in story.masks.items()} == {2: (3, 8), 4: (3, 2)}
+    assert story.nearest[2].index.shape == story.nearest[2].distance.shape == (3, 2, 8)
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert json.loads(json.dumps(story.settings)) | {"config": None} == {
+        "model": pipe.name, "steps": 2, "guidance": 5.0, "negative_prompt": None, "anchors": 2, "width": 32,
+        "height": 64, "dtype": "float32", "config": None,
+    }  # fmt: skip
+
+
+def test_a_story_starts_from_its_seeds_or_from_given_noise(pipe: ConsiStory) -> None:
+    seeded = pipe(**QUICK, seed=[3, 9])
+    given = pipe(**QUICK, latents=initial_noise([3, 9], (4, 8, 4)), seed=[3, 9])
+    assert torch.equal(given.latents, seeded.latents)
+    assert not torch.equal(pipe(**QUICK, seed=[4, 9]).latents[0], seeded.latents[0])
+
+
+def test_pictures_are_decoded_one_by_one_to_eight_bits(pipe: ConsiStory) -> None:
+    latents = randn(2, 4, 4, 8)
+    with torch.no_grad():
+        images = pipe.decode(latents)
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor)
+    assert images.shape == (2, 32, 64, 3)
+    expected = ((decoded + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (torch.from_numpy(images) - expected).abs().max() <= 0.5 + 1e-3
+
+
+def test_a_single_file_tells_the_same_story(
+    pipe: ConsiStory, golden_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs, original = {}, {}
+    for part in loading.COMPONENTS:
+        (weights,) = (golden_weights / part).glob("*.safetensors")
+        configs[part] = json.loads((golden_weights / part / "config.json").read_text("utf-8"))
+        state = {key: x for key, x in load_file(weights).items() if not key.endswith("position_ids")}
+        original |= to_original(part, configs[part], state)
+    configs["scheduler"] = json.loads((golden_weights / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    configs["model_index"] = json.loads((golden_weights / "model_index.json").read_text("utf-8"))
+    monkeypatch.setattr(loading, "sdxl_configs", lambda: configs)
+    path = tmp_path / "model.safetensors"
+    save_file({key: x.contiguous() for key, x in original.items()}, path)
+    single = ConsiStory.from_single_file(path)
+    assert torch.equal(single(**QUICK).latents, pipe(**QUICK).latents)
