@@ -131,16 +131,16 @@ def cross(head_size: int, dtype: torch.dtype) -> Specimen:
         kernel=cross_attention.cross_attention_kernel,
         types=tensors
         | {f"{x}_strides": strides for x in ("q", "k", "v", "out")}
-        | {"weights_ptr": "*fp32", "maps_ptr": "*fp32", "scale": "fp32"}
+        | {"weights_ptr": f"*{TYPES[dtype]}", "maps_ptr": "*fp32", "scale": "fp32"}
         | {"heads": "i32", "patches": "i32", "tokens": "i32", "concepts": "i32"},
         constants={
             "HEAD_SIZE": head_size,
             "WIDTH": triton.next_power_of_2(head_size),
             "PATCHES": cross_attention.PATCHES,
             "TOKENS": 128,
+            "CONCEPTS": 16,
         },
-        warps=8,
-        stages=1,
+        stages=2,
     )
 
 
@@ -158,7 +158,7 @@ def inject(dtype: torch.dtype) -> Specimen:
             "patches": "i32",
             "channels": "i32",
         },
-        constants={"RECORDED": False, "PATCHES": injection.PATCHES, "CHANNELS": injection.CHANNELS},
+        constants={"LINKS": 3, "RECORDED": False, "PATCHES": injection.PATCHES, "CHANNELS": injection.CHANNELS},
     )
 
 

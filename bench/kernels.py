@@ -5,8 +5,8 @@
     python bench/kernels.py --quick               # the smallest shape of each, few rounds: does everything run?
     python bench/kernels.py --tiles               # on a GPU: which block sizes are best for attention
 
-A table on screen; JSON and a plot in bench/results/. Every contender is compared with float32 before it is timed: one that
-is off by more than its precision allows gets no time. "floor" is what the user knows: plain self-attention, bare matrix
+A table on screen; JSON and a plot in bench/results/. Every contender is compared with float32 before it is timed: one
+that is off by more than its precision allows gets no time. "floor" is what the user knows: plain self-attention, bare matrix
 products, attention without maps, a copy. Times are medians of rounds in which all contenders take turns. TFLOP/s count
 the kept keys only: whoever multiplies more does not score more.
 """
@@ -39,7 +39,7 @@ OURS = ("fused", "packed")
 
 @dataclass(frozen=True)
 class Shape:
-    """Images, patches, heads and head size; how much of an anchor its subject covers, and how much of that is dropped."""
+    """Sizes of a problem; how much of an anchor its subject covers, and how much of that dropout takes away."""
 
     images: int
     patches: int

@@ -194,6 +194,33 @@ class ConsistoryConfig:
     mask_history: int | None = None
     freeu: FreeU | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConsistoryError for a value out of range."""
+        shares = {"dropout": self.dropout, "alpha": self.alpha}
+        if self.query_blend is not None:
+            shares |= {f"query_blend.{name}": value for name, value in vars(self.query_blend).items()}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ConsistoryError(f"{name} is {value}: use a number from 0 to 1")
+        first, last = self.injection_window
+        if not 0 <= first <= last <= 1:
+            raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
+        if self.first_pass not in ("dift", "full"):
+            raise ConsistoryError(f'first_pass is {self.first_pass!r}: use "dift" or "full"')
+        if self.mask_history is not None and self.mask_history < 1:
+            raise ConsistoryError(f"mask_history is {self.mask_history}: use 1 or more steps, or None for all so far")
+
+    @classmethod
+    def from_dict(cls, d: Json) -> ConsistoryConfig:
+        """From what `dataclasses.asdict` made of one, also by way of JSON."""
+        blend, freeu = d["query_blend"], d["freeu"]
+        return cls(**{
+            **d,
+            "query_blend": blend and QueryBlend(**blend),
+            "freeu": freeu and FreeU(**freeu),
+            "injection_window": tuple(d["injection_window"]),
+        })  # fmt: skip
+
     @classmethod
     def paper(cls) -> ConsistoryConfig:
         """As printed: queries blend over the first five of 50 steps, injection acts for t in [680, 900]."""

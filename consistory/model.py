@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,27 @@ import consistory.weights
 from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
+from .arguments import (
+    check_anchors,
+    check_latents,
+    check_list,
+    check_prompts,
+    check_sampling,
+    compose_prompts,
+    expand_seeds,
+    find_concept,
+    initial_noise,
+    usable_device,
+)
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
 from .story import OnStep, Plan, tell
+from .subject import Recipe, Subject
 from .text import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
-
-logger = logging.getLogger(__name__)
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 
@@ -39,6 +48,7 @@ class Story:
     images: uint8 [N, H, W, 3].  latents: float32 [N, 4, h, w], the last ones.
     masks: {stride: bool [N, P]} and nearest: {stride: indices and distances [N, A, P]}, what injection used.
     settings: the parameters of the run, as JSON would hold them.
+    subject: the anchors, for more pictures of the same subject.
     """
 
     images: NDArray[np.uint8]
@@ -49,6 +59,36 @@ class Story:
     latents: Tensor
     masks: dict[int, Tensor]
     nearest: dict[int, Nearest]
+    subject: Subject
+
+    def select(self, pictures: slice) -> Story:
+        """The story with some of its pictures only."""
+        return replace(
+            self,
+            images=self.images[pictures],
+            prompts=self.prompts[pictures],
+            seeds=self.seeds[pictures],
+            latents=self.latents[pictures],
+            masks={stride: mask[pictures] for stride, mask in self.masks.items()},
+            nearest={s: Nearest(n.index[pictures], n.distance[pictures]) for s, n in self.nearest.items()},
+        )
+
+    def join(self, others: Sequence[Story]) -> Story:
+        """One story of the pictures of this and other stories of the same subject."""
+        parts = [self, *others]
+        return replace(
+            self,
+            images=np.concatenate([part.images for part in parts]),
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            seeds=[seed for part in parts for seed in part.seeds],
+            latents=torch.cat([part.latents for part in parts]),
+            masks={s: torch.cat([part.masks[s] for part in parts]) for s in self.masks},
+            nearest={
+                s: Nearest(*(torch.cat([getattr(part.nearest[s], x) for part in parts]) for x in ("index", "distance")))
+                for s in self.nearest
+            },
+            subject=parts[-1].subject,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write numbered PNGs, a grid and `story.json`. Raises ConsistoryError if the folder cannot be written."""
@@ -166,23 +206,20 @@ class ConsiStory:
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
         config = config or ConsistoryConfig()
-        prompts = list(prompts) if prompts is not None else compose_prompts(subject, settings, style)
+        prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
         check_prompts(prompts)
+        prompts, images = list(prompts), len(prompts)
         height, width = self._check_size(height, width)
-        anchors = check_anchors(anchors, len(prompts))
+        anchors = check_anchors(anchors, images)
         check_sampling(steps, self.schedule, guidance)
-        seeds = expand_seeds(seed, len(prompts))
-        concepts = list(concepts) if concepts is not None else self._default_concepts(subject, config)
+        seeds = expand_seeds(seed, images)
+        concepts = self._concepts(concepts, subject, config)
         token_weights = self._token_weights(prompts, concepts)
         stride = self.vae.config.stride
         size = height // stride, width // stride
         if latents is None:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
-        elif latents.shape != (len(prompts), self.unet.config.channels, *size):
-            raise ConsistoryError(
-                f"latents are {list(latents.shape)}: {len(prompts)} prompts at {width}x{height} need "
-                f"{[len(prompts), self.unet.config.channels, *size]}"
-            )
+        check_latents(latents, (images, self.unet.config.channels, *size))
 
         plan = Plan(
             unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
@@ -195,8 +232,16 @@ class ConsiStory:
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
             "config": asdict(config),
         }
-        images = self.decode(told.latents)
-        return Story(images, prompts, concepts, seeds, settings_used, told.latents, told.masks, told.nearest)
+        recipe = Recipe(
+            prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
+            steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
+            next_seed=max(seeds) + 1, config=config,
+        )
+        masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
+        return Story(
+            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
+            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+        )
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
@@ -235,9 +280,12 @@ class ConsiStory:
         columns = [self.tokenizers[0].concept_positions(prompts, concept) for concept in concepts]
         return torch.stack(columns, dim=-1).to(self.device)
 
-    def _default_concepts(self, subject: str, config: ConsistoryConfig) -> list[str]:
-        if not (config.masking and (config.sdsa or config.injection)):
-            return []
+    def _concepts(self, concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
+        """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
+        check_list("concepts", concepts or [])
+        needed = config.masking and (config.sdsa or config.injection)
+        if concepts or not needed:
+            return list(concepts or [])
         if not subject:
             raise ConsistoryError("no concept is given: name the word that stands for the subject in every prompt")
         return [find_concept(subject)]
@@ -245,82 +293,7 @@ class ConsiStory:
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.unet.config.sample_size * self.vae.config.stride
         multiple = self.vae.config.stride * 2 ** (len(self.unet.config.widths) - 1)
-        height, width = height or native, width or native
-        if height < multiple or width < multiple or height % multiple or width % multiple:
+        height, width = (native if side is None else side for side in (height, width))
+        if min(height, width) < multiple or height % multiple or width % multiple:
             raise ConsistoryError(f"size {width}x{height} does not fit the model: use multiples of {multiple} pixels")
         return height, width
-
-
-def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> list[str]:
-    """ "{style} {subject} {setting}" for every setting. Raises ConsistoryError without a subject or a setting."""
-    if not subject.strip():
-        raise ConsistoryError('no subject is given: say what all pictures show, such as "a cat"')
-    if not settings:
-        raise ConsistoryError('no setting is given: name one for each picture, such as "on the beach"')
-    return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises ConsistoryError unless there are 1 to 100 prompts."""
-    if not 1 <= len(prompts) <= 100:
-        raise ConsistoryError(f"{len(prompts)} prompts are given: a story has 1 to 100 pictures")
-
-
-def check_anchors(anchors: int | None, images: int) -> int:
-    """The number of anchors; 2 by default, or 1 for a single picture. Raises ConsistoryError if it does not fit."""
-    if anchors is None:
-        return min(2, images)
-    if not 1 <= anchors <= images:
-        raise ConsistoryError(f"{anchors} anchors do not fit {images} pictures: use 1 to {images}")
-    return anchors
-
-
-def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:
-    """Raises ConsistoryError for a number of steps or a guidance that cannot be sampled with."""
-    most = schedule.train_steps - schedule.offset
-    if not 1 <= steps <= most:
-        raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
-    if not np.isfinite(guidance):
-        raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
-
-
-def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
-    """One seed per image. Raises ConsistoryError for a wrong number of seeds or one out of range."""
-    seeds = [seed + i for i in range(images)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != images:
-        raise ConsistoryError(f"{len(seeds)} seeds are given for {images} pictures: give one seed, or one per picture")
-    if not all(0 <= s < 2**63 for s in seeds):
-        raise ConsistoryError("a seed is out of range: use whole numbers from 0 to 2^63 - 1")
-    return seeds
-
-
-def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """[N, *shape] float32. Each image has a CPU generator of its own: the same noise on any device, in any batch."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-# Words that end the noun phrase at the start of a subject: "a cat | wearing a hat", "an old man | with a beard".
-PHRASE_END = re.compile(r"\b(with|in|on|at|by|from|near|under|over|and|who|which|that|whose|\w+ing)\b|[,.;:(]")
-
-
-def find_concept(subject: str) -> str:
-    """The head noun of a subject such as "a cute dog with a hat": its last word before any addition to it.
-
-    Raises ConsistoryError if there is none.
-    """
-    words = re.findall(r"[\w'-]+", PHRASE_END.split(subject.strip(), maxsplit=1)[0])
-    nouns = [word for word in words if word.lower() not in ("a", "an", "the")]
-    if not nouns:
-        raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
-    return nouns[-1]
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """Raises ConsistoryError for a device that this machine does not have."""
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConsistoryError(f"device {str(device)!r} cannot be used ({reason}): use cpu, cuda or mps") from None
-    return chosen

@@ -130,7 +130,7 @@ def match_kernel(
                 b = tl.load(b_ptr + b_place + column, mask=column < channels, other=0.0)
             products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
         norm = tl.load(source_norm_ptr + first_source + key, mask=key < length, other=0.0)
-        scores = tl.where((key < length)[None, :], products * norm[None, :], float("-inf"))
+        scores = products * norm[None, :] + tl.where(key < length, 0.0, float("-inf"))[None, :]
         block_best = tl.max(scores, 1)
         block_nearest = tl.min(tl.where(scores == block_best[:, None], key[None, :], 2**31 - 1), 1)
         nearest = tl.where(block_best > best, block_nearest, nearest)  # strict: the lowest index wins a tie

@@ -28,16 +28,16 @@ def inject(
     recorded = anchor_x is not None
     inject_kernel[(triton.cdiv(patches, PATCHES), triton.cdiv(channels, CHANNELS), images)](
         x, anchor_x.contiguous() if anchor_x is not None else x, source_index.contiguous(), source_image.contiguous(),
-        inject_mask.contiguous().view(torch.uint8), out, alpha, anchors, patches, channels,
-        RECORDED=recorded, PATCHES=PATCHES, CHANNELS=CHANNELS, enable_fp_fusion=True,
+        inject_mask.contiguous().view(torch.uint8), out, alpha, patches, channels,
+        LINKS=1 if recorded else anchors + 1, RECORDED=recorded, PATCHES=PATCHES, CHANNELS=CHANNELS, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def inject_kernel(
-    x_ptr, anchor_ptr, source_index_ptr, source_image_ptr, mask_ptr, out_ptr, alpha, anchors, patches, channels,
-    RECORDED: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr, anchor_ptr, source_index_ptr, source_image_ptr, mask_ptr, out_ptr, alpha, patches, channels,
+    LINKS: tl.constexpr, RECORDED: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of patches, a block of channels and an image."""
     target = tl.program_id(2)
@@ -46,26 +46,24 @@ def inject_kernel(
     inside, column_inside = row < patches, (column < channels)[None, :]
     place = target.to(tl.int64) * patches + row
 
-    # A chain stands at patch `at` of `image` and has `weight` left to give away. It ends at the first patch that is
-    # not a blend, which takes all of it.
-    at, image, weight = place, tl.zeros([PATCHES], tl.int64) + target, tl.full([PATCHES], 1.0, tl.float32)
-    going = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+    # A chain stands at patch `at` of `image` and has weight `left` for what it leads to. It ends where no blend is.
+    at, image = place, tl.zeros([PATCHES], tl.int64) + target
+    left = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, alpha, 0.0)
     x = tl.load(x_ptr + at[:, None] * channels + column[None, :], mask=inside[:, None] & column_inside, other=0.0)
-    total = tl.where(going, 1 - alpha, 1.0)[:, None] * x.to(tl.float32)
-    for _ in range(1 if RECORDED else tl.minimum(anchors, target) + 1):
+    total = (1 - left)[:, None] * x.to(tl.float32)
+    for _ in tl.static_range(LINKS):
+        going = left > 0
         source = tl.load(source_image_ptr + at, mask=going, other=0)
         at = source * patches + tl.load(source_index_ptr + at, mask=going, other=0)
-        weight = tl.where(going, weight * alpha, 0.0)
         source_ptr = anchor_ptr if RECORDED else x_ptr
         x = tl.load(
             source_ptr + at[:, None] * channels + column[None, :], mask=going[:, None] & column_inside, other=0.0
         )
+        further = tl.zeros([PATCHES], tl.float32)
         if not RECORDED:
-            going = going & (source < image)
-            going = going & (tl.load(mask_ptr + at, mask=going, other=0) != 0)
-            image = source
-            total += (weight * tl.where(going, 1 - alpha, 1.0))[:, None] * x.to(tl.float32)
-        else:
-            total += weight[:, None] * x.to(tl.float32)
+            before = going & (source < image)
+            further = tl.where(tl.load(mask_ptr + at, mask=before, other=0) != 0, left * alpha, 0.0)
+        total += (left - further)[:, None] * x.to(tl.float32)
+        left, image = further, source
     out_ptr += place[:, None] * channels + column[None, :]
     tl.store(out_ptr, total.to(x.dtype), mask=inside[:, None] & column_inside)

@@ -8,9 +8,9 @@
     python -m consistory.weights.sprites.oracle train --minutes 30
     python -m consistory.weights.sprites.oracle evaluate
 
-A small convolutional network finds the subject's pixels first and then judges its kind, colours and pattern from the features
-inside them, so that the setting cannot colour the answer. It is trained on rendered scenes with one subject, blurred, noisy,
-slightly recoloured or passed through the autoencoder, because the pictures it is for are generated ones.
+A small convolutional network finds the subject's pixels first and then judges its kind, colours and pattern from the
+features inside them, so that the setting cannot colour the answer. It is trained on rendered scenes with one subject,
+blurred, noisy, slightly recoloured or passed through the autoencoder: the pictures it is for are generated ones.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from consistory.weights.sprites.loop import Plan, generator_for, mixed_precision, resume, start, train
+from consistory.weights.sprites.train import load_vae
+from consistory.weights.sprites.world import COLOURS, PATTERNS, SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from consistory.vae import VAE
-from consistory.weights.sprites.train import Plan, generator_for, load_vae, mixed_precision, resume, start, train
-from consistory.weights.sprites.world import COLOURS, PATTERNS, SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Oracle(nn.Module):
         up_middle = self.up_middle(torch.cat([F.interpolate(coarse, scale_factor=2.0), middle], dim=1))
         up_fine = self.up_fine(torch.cat([F.interpolate(up_middle, scale_factor=2.0), fine], dim=1))
         mask = self.mask(up_fine)
-        # Each map is averaged over the subject; no gradient goes that way, so the mask is learnt from its own loss only.
+        # Maps are averaged over the subject; no gradient goes that way: the mask is learnt from its own loss only.
         weight = mask.detach().sigmoid().mean(dim=1, keepdim=True)
         inside = [_weighted_mean(x, F.adaptive_avg_pool2d(weight, x.shape[-2:])) for x in (up_fine, up_middle, coarse)]
         subject = self.subject_features(torch.cat(inside, dim=1))
@@ -113,7 +114,9 @@ class Oracle(nn.Module):
         """images uint8 [N, 64, 64, 3], as `Story.images` has them -> what they show."""
         logits, mask = self(images.permute(0, 3, 1, 2).to(self.mask.weight) / 255)
         probabilities = {name: x.softmax(dim=-1) for name, x in logits.items()}
-        return Reading(**{name: x.argmax(dim=-1) for name, x in logits.items()}, mask=mask > 0, probabilities=probabilities)
+        return Reading(
+            **{name: x.argmax(dim=-1) for name, x in logits.items()}, mask=mask > 0, probabilities=probabilities
+        )
 
 
 def _weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
@@ -153,7 +156,9 @@ def oracle_loss(oracle: Oracle, images: Tensor, scenes: Scenes, masks: Tensor) -
     """Cross-entropy of every property and of the mask's pixels, summed."""
     with mixed_precision(images.device):
         logits, mask = oracle(images)
-    answers = [F.cross_entropy(logits[name].float(), getattr(scenes, name), label_smoothing=0.02) for name in PROPERTIES]
+    answers = [
+        F.cross_entropy(logits[name].float(), getattr(scenes, name), label_smoothing=0.02) for name in PROPERTIES
+    ]
     return torch.stack(answers).sum() + F.binary_cross_entropy_with_logits(mask.float(), masks.float())
 
 
@@ -175,7 +180,9 @@ def train_oracle(work: Path, plan: Plan, seed: int, device: torch.device) -> Non
     save_file({name: value.half().cpu() for name, value in run.average.state_dict().items()}, WEIGHTS)
 
 
-def evaluate(oracle: Oracle, scenes: Scenes, change: Callable[[Tensor], Tensor] = lambda images: images) -> dict[str, float]:
+def evaluate(
+    oracle: Oracle, scenes: Scenes, change: Callable[[Tensor], Tensor] = lambda images: images
+) -> dict[str, float]:
     """Share of right answers per property, and the masks' mean intersection over union, on (changed) fresh renders."""
     images, masks = render(scenes)
     pixels = (change(images) * 255).round().byte().permute(0, 2, 3, 1)

@@ -1,0 +1,123 @@
+"""What a user asks for -> what the model is given: prompts, seeds, noise, devices; or a clear error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistory.weights.errors import ConsistoryError
+
+from .config import ScheduleConfig
+
+
+def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> list[str]:
+    """ "{style} {subject} {setting}" for every setting. Raises ConsistoryError without a subject or a setting."""
+    if not subject.strip():
+        raise ConsistoryError('no subject is given: say what all pictures show, such as "a cat"')
+    check_list("settings", settings)
+    if not settings:
+        raise ConsistoryError('no setting is given: name one for each picture, such as "on the beach"')
+    return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
+
+
+def check_list(name: str, value: Sequence[str]) -> None:
+    """Raises ConsistoryError for a single string, whose letters would otherwise be taken for a list."""
+    if isinstance(value, str):
+        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of strings")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ConsistoryError unless there are 1 to 100 prompts, in a list."""
+    check_list("prompts", prompts)
+    if not 1 <= len(prompts) <= 100:
+        raise ConsistoryError(f"{len(prompts)} prompts are given: a story has 1 to 100 pictures")
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ConsistoryError for noise of another shape than [N, 4, h, w] of the story, or that is not finite."""
+    if latents.shape != shape:
+        raise ConsistoryError(f"latents are {list(latents.shape)}: these prompts at this size need {list(shape)}")
+    if not latents.isfinite().all():
+        raise ConsistoryError("latents are not all finite: give standard normal noise")
+
+
+def check_anchors(anchors: int | None, images: int) -> int:
+    """The number of anchors; 2 by default, or 1 for a single picture. Raises ConsistoryError if it does not fit."""
+    if anchors is None:
+        return min(2, images)
+    if not 1 <= anchors <= images:
+        raise ConsistoryError(f"{anchors} anchors do not fit {images} pictures: use 1 to {images}")
+    return anchors
+
+
+def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:
+    """Raises ConsistoryError for a number of steps or a guidance that cannot be sampled with."""
+    most = schedule.train_steps - schedule.offset
+    if not 1 <= steps <= most:
+        raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
+    if not np.isfinite(guidance):
+        raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
+
+
+def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
+    """One seed per image. Raises ConsistoryError for a wrong number of seeds or one out of range."""
+    seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else [int(s) for s in seed]
+    if len(seeds) != images:
+        raise ConsistoryError(f"{len(seeds)} seeds are given for {images} pictures: give one seed, or one per picture")
+    if not all(0 <= s < 2**63 for s in seeds):
+        raise ConsistoryError("a seed is out of range: use whole numbers from 0 to 2^63 - 1")
+    return seeds
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """[N, *shape] float32. Each image has a CPU generator of its own: the same noise on any device, in any batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+# Where the noun phrase at the start of a subject ends: "a cat | with a hat", "an old man | who smiles".
+PHRASE_END = frozenset(
+    "with without in inside on at by from near under over above behind beside between for to like as and or of "
+    "who which that whose made dressed covered named called wrapped , . ; : (".split()
+)
+# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself.
+NOUNS_IN_ING = frozenset(
+    "king ring wing string spring swing thing being building painting drawing clothing ceiling viking earring duckling "
+    "gosling sibling darling starling pudding dumpling railing wedding".split()
+)
+# "a pair of shoes" is about shoes, unlike "the queen of hearts".
+MEASURES = frozenset("pair couple group bunch herd pack piece kind portrait picture photo painting drawing".split())
+
+
+def find_concept(subject: str) -> str:
+    """The head noun of a subject such as "a cute dog with a hat": its last word before any addition to it.
+
+    Raises ConsistoryError if there is none.
+    """
+    noun = ""
+    for word in re.findall(r"[\w'-]+|[,.;:(]", subject):
+        lower = word.lower()
+        if lower == "of" and noun.lower() in MEASURES:
+            noun = ""
+        elif lower in PHRASE_END or (noun and lower.endswith("ing") and lower not in NOUNS_IN_ING):
+            break
+        elif lower not in ("a", "an", "the"):
+            noun = word
+    if not noun:
+        raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
+    return noun
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises ConsistoryError for a device that this machine does not have."""
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConsistoryError(f"device {str(device)!r} cannot be used ({reason}): use cpu, cuda or mps") from None
+    return chosen
