@@ -6,9 +6,9 @@
     python bench/kernels.py --tiles               # on a GPU: which block sizes are best for attention
 
 A table on screen; JSON and a plot in bench/results/. Every contender is compared with float32 before it is timed: one
-that is off by more than its precision allows gets no time. "floor" is what the user knows: plain self-attention, bare matrix
-products, attention without maps, a copy. Times are medians of rounds in which all contenders take turns. TFLOP/s count
-the kept keys only: whoever multiplies more does not score more.
+that is off by more than its precision allows gets no time. "floor" is what the user knows: plain self-attention, bare
+matrix products, attention without maps, a copy. Times are medians of rounds in which all contenders take turns. TFLOP/s
+count the kept keys only: whoever multiplies more does not score more.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Call, machine, median_seconds, peak_bytes
-from peers import CONTENDERS, Attention, Cross, Inject, Match, Unavailable
-from torch import Tensor
-
 from consistory.kernels.correspondence import reference as match_reference
 from consistory.kernels.cross_attention import reference as cross_reference
 from consistory.kernels.extended_attention import reference as attention_reference
 from consistory.kernels.injection import inject
+from measure import Call, machine, median_seconds, peak_bytes
+from peers import CONTENDERS, Attention, Cross, Inject, Match, Unavailable
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative error, root mean square

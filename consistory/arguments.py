@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> Non
 
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
     """One seed per image. Raises ConsistoryError for a wrong number of seeds or one out of range."""
-    seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else [int(s) for s in seed]
+    seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(images)]
     if len(seeds) != images:
         raise ConsistoryError(f"{len(seeds)} seeds are given for {images} pictures: give one seed, or one per picture")
     if not all(0 <= s < 2**63 for s in seeds):
@@ -80,17 +79,17 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 # Where the noun phrase at the start of a subject ends: "a cat | with a hat", "an old man | who smiles".
-PHRASE_END = frozenset(
-    "with without in inside on at by from near under over above behind beside between for to like as and or of "
-    "who which that whose made dressed covered named called wrapped , . ; : (".split()
+PHRASE_END = re.compile(
+    r"with|without|in|inside|on|at|by|from|near|under|over|above|behind|beside|between|for|to|like|as|and|or|of|"
+    r"who|which|that|whose|made|dressed|covered|named|called|wrapped|[,.;:(]"
 )
 # A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself.
-NOUNS_IN_ING = frozenset(
-    "king ring wing string spring swing thing being building painting drawing clothing ceiling viking earring duckling "
-    "gosling sibling darling starling pudding dumpling railing wedding".split()
+NOUNS_IN_ING = re.compile(
+    "king|ring|wing|string|spring|swing|thing|being|building|painting|drawing|clothing|ceiling|viking|earring|duckling|"
+    "gosling|sibling|darling|starling|pudding|dumpling|railing|wedding"
 )
 # "a pair of shoes" is about shoes, unlike "the queen of hearts".
-MEASURES = frozenset("pair couple group bunch herd pack piece kind portrait picture photo painting drawing".split())
+MEASURES = re.compile("pair|couple|group|bunch|herd|pack|piece|kind|portrait|picture|photo|painting|drawing")
 
 
 def find_concept(subject: str) -> str:
@@ -101,9 +100,10 @@ def find_concept(subject: str) -> str:
     noun = ""
     for word in re.findall(r"[\w'-]+|[,.;:(]", subject):
         lower = word.lower()
-        if lower == "of" and noun.lower() in MEASURES:
+        participle = lower.endswith("ing") and not NOUNS_IN_ING.fullmatch(lower)
+        if lower == "of" and MEASURES.fullmatch(noun.lower()):
             noun = ""
-        elif lower in PHRASE_END or (noun and lower.endswith("ing") and lower not in NOUNS_IN_ING):
+        elif PHRASE_END.fullmatch(lower) or (noun and participle):
             break
         elif lower not in ("a", "an", "the"):
             noun = word

@@ -46,7 +46,8 @@ def alpha_bar_after(schedule: ScheduleConfig, steps: int, t: int) -> Tensor:
 def predict(x: Tensor, output: Tensor, alpha_bar: Tensor, prediction: str = "epsilon") -> tuple[Tensor, Tensor]:
     """The clean latents x0 and the noise eps that a UNet's output on x stands for. All [..., 4, h, w].
 
-    x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps;  v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022).
+    x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps;  v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+    (Salimans & Ho 2022).
     """
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction == "v_prediction":

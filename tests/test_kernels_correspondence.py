@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, draw, draw_mask, needs_gpu, poisoned_memory
-from torch import Tensor
-
 from consistory.kernels.backends import Backend
 from consistory.kernels.correspondence import match, packed
+from kernel_checks import ALL, DEVICE, DTYPES, FAST, draw, draw_mask, needs_gpu, needs_triton, poisoned_memory
+from torch import Tensor
 
 
 def distances(target: Tensor, source: Tensor) -> Tensor:
@@ -103,8 +102,9 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(whole[1], slabs[1], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("side", [8, pytest.param(24, marks=needs_gpu if DEVICE == "cpu" else [])])
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(
+    "backend, side", [("reference", 24), ("packed", 24), pytest.param("fused", 8, marks=needs_triton)]
+)
 def test_recorded_matches(backend: Backend, side: int, golden: Any) -> None:
     tensors, _ = golden("algo_units")
     features = F.interpolate(tensors["smooth/out"], side, mode="bilinear").flatten(2).transpose(1, 2).to(DEVICE)

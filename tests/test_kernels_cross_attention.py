@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, generator, needs_gpu, poisoned_memory
-from torch import Tensor
-
 from consistory.kernels.backends import Backend
 from consistory.kernels.cross_attention import cross_attention
+from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, generator, needs_gpu, poisoned_memory
+from torch import Tensor
 
 CASES = {  # B, H, P, T, d, K
     "sdxl": (2, 3, 70, 77, 64, 2),

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, draw_mask, needs_gpu, poisoned_memory
-from torch import Tensor
-
 from consistory.kernels.backends import Backend
 from consistory.kernels.extended_attention import extended_attention, packed
+from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, draw_mask, needs_gpu, poisoned_memory
+from torch import Tensor
 
 
 @dataclass

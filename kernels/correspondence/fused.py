@@ -38,14 +38,14 @@ def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, 
         target, target_norm, packed, packed_index, source_norm, length, index, distance,
         targets * patches, patches, channels,
         ROWS=rows, KEYS=keys, COLUMNS=columns, EVEN=channels % columns == 0,
-        num_warps=8, num_stages=3, enable_fp_fusion=True,
+        num_warps=8, num_stages=4, enable_fp_fusion=True,
     )  # fmt: skip
     return index, distance
 
 
 def blocks_for(dtype: torch.dtype) -> tuple[int, int, int]:
     """Target patches, source patches and channels of one step. Float32 takes twice the space, and no tensor cores."""
-    return (64, 64, 32) if dtype == torch.float32 else (128, 256, 64)
+    return (64, 64, 32) if dtype == torch.float32 else (128, 256, 32)
 
 
 @triton.jit

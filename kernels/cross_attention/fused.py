@@ -17,8 +17,8 @@ PATCHES = 64
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in `consistory.kernels.cross_attention`; rows of d values contiguous, other strides free.
 
-    The result is laid out [B, P, H, d], so that joining its heads is a view. A program holds all tokens and all of a head:
-    that spills no register up to T = 128 and d = 64.
+    The result is laid out [B, P, H, d], so that joining its heads is a view. A program holds all the tokens of a head,
+    which spills no register up to T = 128 and d = 64.
     """
     batch, heads, patches, head_size = q.shape
     concepts = token_weights.shape[-1]

@@ -29,7 +29,8 @@ def inject(
     inject_kernel[(triton.cdiv(patches, PATCHES), triton.cdiv(channels, CHANNELS), images)](
         x, anchor_x.contiguous() if anchor_x is not None else x, source_index.contiguous(), source_image.contiguous(),
         inject_mask.contiguous().view(torch.uint8), out, alpha, patches, channels,
-        LINKS=1 if recorded else anchors + 1, RECORDED=recorded, PATCHES=PATCHES, CHANNELS=CHANNELS, enable_fp_fusion=True,
+        LINKS=1 if recorded else anchors + 1, RECORDED=recorded,
+        PATCHES=PATCHES, CHANNELS=CHANNELS, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

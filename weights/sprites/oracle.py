@@ -21,11 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from consistory.weights.sprites.loop import Plan, generator_for, mixed_precision, resume, start, train
 from consistory.weights.sprites.train import load_vae
 from consistory.weights.sprites.world import COLOURS, PATTERNS, SETTINGS, SUBJECTS, Scenes, render, sample_scenes
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,13 +112,13 @@ class Oracle(nn.Module):
         return oracle.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> Reading:
-        """images uint8 [N, 64, 64, 3], as `Story.images` has them -> what they show."""
-        logits, mask = self(images.permute(0, 3, 1, 2).to(self.mask.weight) / 255)
+    def read(self, images: Tensor | NDArray[np.uint8]) -> Reading:
+        """images uint8 [N, 64, 64, 3], such as `Story.images` -> what they show."""
+        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(self.mask.weight)
+        logits, mask = self(pixels / 255)
+        answers = {name: x.argmax(dim=-1) for name, x in logits.items()}
         probabilities = {name: x.softmax(dim=-1) for name, x in logits.items()}
-        return Reading(
-            **{name: x.argmax(dim=-1) for name, x in logits.items()}, mask=mask > 0, probabilities=probabilities
-        )
+        return Reading(**answers, mask=mask > 0, probabilities=probabilities)
 
 
 def _weighted_mean(x: Tensor, weight: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ class Denoiser(nn.Module):
         self.text_encoder_2 = TextEncoder(TextConfig.from_json(text_json(1, vocabulary)))
         self.unet = UNet(UNetConfig.from_json(UNET_JSON))
         for encoder in (self.text_encoder, self.text_encoder_2):
-            # Words weigh more than their places; with equal shares the UNet is slow to tell words apart.
+            # Words start out weightier than their places: which word it is matters more than where it stands.
             nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight, std=0.2)
 
     def condition(self, ids: Tensor, ids_2: Tensor, known: Tensor | None = None) -> Conditioning:
