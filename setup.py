@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # `kernels` and `weights` live beside `consistory` in the repository and install inside it: as top-level packages they
@@ -8,7 +10,7 @@ setup(
     name="consistory",
     version="0.1.0",
     description="Training-free consistent text-to-image generation (ConsiStory) on SDXL, in plain PyTorch and Triton",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

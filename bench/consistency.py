@@ -3,8 +3,9 @@
     python bench/consistency.py                 # 40 sets of 5 settings -> bench/results/consistency.json
     python bench/consistency.py --sets 4        # a quick look
 
-For every set: one subject, five settings, one seed per picture. "Agreement" is the share of picture pairs of a set that
-agree in an attribute which the prompt leaves open; "accuracy" is the share of pictures that show what the prompt asks for.
+For every set: one subject, five settings, one seed per picture. "subject" and "setting" are the shares of pictures that
+show what the prompt asks for; "main", "second" (colours) and "pattern" are the shares of picture pairs of a set that
+agree in what the prompt leaves open.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig
-from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 
 IMAGES = 5
 ATTRIBUTES = ("main", "second", "pattern")

@@ -3,8 +3,8 @@
     python bench/story.py                                        # work only, any machine
     python bench/story.py --time --device cuda --dtype float16   # also seconds at 1024x1024, random weights
 
-One call equivalent is one whole plain UNet call on all images, in floating-point operations at SDXL's size. The authors'
-released implementation spends 112 on a story of 50 steps.
+One call equivalent is one whole plain UNet call on all images, in floating-point operations at SDXL's size. The
+authors' released implementation spends 112 on a story of 50 steps.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def call_equivalents(config: ConsistoryConfig, steps: int, work: dict[str, float
 
 
 @torch.inference_mode()
-def seconds(unet: UNet, config: ConsistoryConfig, images: int, steps: int, size: int, device: str, repeats: int) -> float:
+def seconds(
+    unet: UNet, config: ConsistoryConfig, images: int, steps: int, size: int, device: str, repeats: int
+) -> float:
     """Median time of a story without text encoding and decoding."""
     plan = plan_story(unet, config, images, steps, size, device)
     times = []
@@ -142,9 +144,9 @@ def main() -> None:
                 rows[name][f"seconds for {images} images"] = took
                 print(f"{name:10} {images} images: {took:.2f} s", flush=True)
 
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     about = {
-        "hardware": hardware, "torch": torch.__version__, "dtype": args.dtype, "steps": args.steps, "latent size": args.size,
+        "hardware": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
+        "torch": torch.__version__, "dtype": args.dtype, "steps": args.steps, "latent size": args.size,
         "released implementation, calls": RELEASED,
     }  # fmt: skip
     configs = {name: asdict(config) for name, config in CONFIGS.items()}

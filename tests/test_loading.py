@@ -463,7 +463,9 @@ def test_the_recorded_model(golden_weights: Path) -> None:
         (["v_pred", "ztsnr"], {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
     ],
 )
-def test_flags_of_a_single_file_change_the_schedule(flags: list[str], changed: Json, original: State, tmp_path: Path) -> None:
+def test_flags_of_a_single_file_change_the_schedule(
+    flags: list[str], changed: Json, original: State, tmp_path: Path
+) -> None:
     path = tmp_path / "flagged.safetensors"
     save_file(original | {flag: torch.zeros(0) for flag in flags}, path)
     schedule = loading.sdxl_configs()["scheduler"]

@@ -19,6 +19,7 @@ from consistory.weights.sprites.train import (
     denoising_loss,
     export,
     load_vae,
+    restore,
     sample,
     train_vae,
 )
@@ -238,7 +239,7 @@ class TestResults:
         from diffusers import StableDiffusionXLPipeline
 
         export(work, tmp_path)
-        pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+        pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path).to(torch.float32)
         assert pipe.vae.config.scaling_factor == pytest.approx(load_vae(work, CPU).config.scaling_factor)
         assert pipe.config.force_zeros_for_empty_prompt
 
@@ -255,6 +256,20 @@ class TestResults:
         theirs = pipe.unet(x, t, context, added_cond_kwargs=added).sample
         ours = model.unet(x, t, Conditioning(context, pooled, cond.sizes))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3 * theirs.abs().max().item())
+
+    def test_a_restored_work_folder_goes_on_from_the_export(self, work: Path, tmp_path: Path) -> None:
+        export(work, tmp_path / "checkpoint")
+        again = tmp_path / "again"
+        again.mkdir()
+        restore(tmp_path / "checkpoint", again)
+        for name in ("vae.safetensors", "unet.safetensors"):
+            trained, restored = load_file(work / name), load_file(again / name)
+            for key in (key for key in trained if key.startswith("average.")):
+                assert torch.equal(restored[key], trained[key].half().float())
+                assert torch.equal(restored[key.replace("average.", "model.", 1)], restored[key])
+        run = start(Denoiser(Captions(again).vocabulary))
+        resume(run, again / "unet.safetensors")
+        assert run.step == 0 and not any(run.optimizer.state.values())
 
     def test_export_loads_in_the_library(self, work: Path, tmp_path: Path) -> None:
         from consistory import ConsiStory

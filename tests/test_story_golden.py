@@ -44,7 +44,7 @@ def tell(pipe: ConsiStory, tensors: dict[str, Tensor], case: dict[str, Any]) -> 
 
 
 def replay_dropout(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor]) -> None:
-    """Recorded draws in place of our own. The recording drew after a step for the next one; ours belong to their step."""
+    """Recorded draws in place of our own. The recording drew after a step for the next; ours belong to their step."""
 
     def recorded(seed: int, stride: int, steps: int, anchors: int, patches: int, p: float) -> Tensor:
         kept = ~tensors[f"dropout_rand{RESOLUTION[stride]}"][:, :anchors]

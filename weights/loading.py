@@ -145,8 +145,10 @@ def single_file_components(path: Path, configs: Mapping[str, Json] | None = None
 
 
 def single_file_schedule(path: Path, schedule: Json) -> Json:
-    """The schedule of a single file, given SDXL's: a fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its
-    noise ends at zero signal. Raises ConsistoryError if the file is missing or damaged.
+    """The schedule of a single file, given SDXL's.
+
+    A fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its noise ends at zero signal.
+    Raises ConsistoryError if the file is missing or damaged.
     """
     flags = set(_safetensors(path).keys())
     if "v_pred" not in flags:

@@ -5,6 +5,9 @@ images in one launch. Features are not normalised beforehand: inverse norms scal
 and a pass.
 """
 
+# mypy: allow-untyped-defs
+# (what a Triton kernel is called with has no Python types)
+
 import torch
 import triton
 import triton.language as tl

@@ -4,6 +4,9 @@ A program holds a block of patches and walks over the heads, so it can average t
 weights are further columns of values.
 """
 
+# mypy: allow-untyped-defs
+# (what a Triton kernel is called with has no Python types)
+
 from math import log2
 
 import torch

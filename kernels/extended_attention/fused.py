@@ -5,6 +5,9 @@ image's own keys, then the packed keys of each anchor it reads, through one onli
 The launches do not depend on what the masks hold, so a CUDA graph can replay them.
 """
 
+# mypy: allow-untyped-defs
+# (what a Triton kernel is called with has no Python types)
+
 from math import log2
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Extended attention in plain PyTorch: the kept keys are packed, so the work is proportional to their number."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,22 +22,34 @@ def extended_attention(
 def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
 ) -> Tensor:
-    """One call for each distinct row of `share`: A + 1 when anchors see each other and all others see the anchors."""
-    out = torch.empty_like(q)
-    like = (share[:, None] == share).all(-1).int().argmax(-1)  # [N]: the first image that reads the same anchors
-    for first in like.unique():
-        images = (like == first).nonzero()[:, 0]
-        anchor, patch = (share[first, :, None] & key_mask).nonzero(as_tuple=True)
-        joined_k = _join(k[:, images], anchor_k, anchor, patch)
-        joined_v = _join(v[:, images], anchor_v, anchor, patch)
-        out[:, images] = _sdpa(q[:, images], joined_k, joined_v)
+    """One call for each guidance half and run of images that read the same anchors.
+
+    When anchors see each other and all others see the anchors, that is A + 1 runs however many images there are.
+    """
+    halves, images, heads, patches, head_size = q.shape
+    out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
+    for run in _runs(share):
+        anchor, patch = (share[run.start, :, None] & key_mask).nonzero(as_tuple=True)
+        for half in range(halves):
+            joined_k = _join(k[half, run], anchor_k[half], anchor, patch)
+            joined_v = _join(v[half, run], anchor_v[half], anchor, patch)
+            out[half, run] = scaled_dot_product_attention(q[half, run], joined_k, joined_v)
     return out
 
 
+def _runs(share: Tensor) -> list[slice]:
+    """Consecutive images whose rows of `share` [N, A] are equal."""
+    changes = (share[1:] != share[:-1]).any(dim=1).nonzero()[:, 0] + 1
+    return [slice(first, last) for first, last in pairwise([0, *changes.tolist(), len(share)])]
+
+
 def _join(own: Tensor, anchors: Tensor, anchor: Tensor, patch: Tensor) -> Tensor:
-    """own [G, n, H, P, d] and the packed rows (anchor, patch) of anchors [G, A, H, P, d] -> [G, n, H, P + kept, d]."""
-    kept = anchors.transpose(2, 3)[:, anchor, patch].transpose(1, 2)  # [G, H, kept, d]
-    return torch.cat([own, kept[:, None].expand(-1, own.shape[1], -1, -1, -1)], dim=3)
+    """own [n, H, P, d] and rows (anchor, patch) of anchors [A, H, P, d] -> [n, H, P + kept, d].
+
+    In memory the heads come after the patches, as in the UNet: whole rows are copied.
+    """
+    kept = anchors.transpose(1, 2)[anchor, patch]  # [kept, H, d]
+    return torch.cat([own.transpose(1, 2), kept.expand(len(own), -1, -1, -1)], dim=1).transpose(1, 2)
 
 
 def attend_masked(
@@ -50,10 +64,5 @@ def attend_masked(
         everyone = anchors.transpose(1, 2).flatten(2, 3)[:, None].expand(-1, images, -1, -1, -1)
         return torch.cat([own, everyone], dim=3)
 
-    return _sdpa(q, join(k, anchor_k), join(v, anchor_v), mask[None, :, None, None].expand(halves, -1, -1, -1, -1))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of [G, n, H, P, d] tensors: guidance halves and images are one batch axis."""
-    mask = None if mask is None else mask.flatten(0, 1)
-    return scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view_as(q)
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, join(k, anchor_k), join(v, anchor_v)))
+    return scaled_dot_product_attention(flat_q, flat_k, flat_v, mask.repeat(halves, 1)[:, None, None]).view_as(q)

@@ -5,6 +5,9 @@ is blended before i, that source is a blend in turn. Anchors come in order, so s
 Every program follows the chains of its own patches through the unblended features: none waits for another.
 """
 
+# mypy: allow-untyped-defs
+# (what a Triton kernel is called with has no Python types)
+
 import torch
 import triton
 import triton.language as tl

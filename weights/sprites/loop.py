@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -25,12 +25,15 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @dataclass
-class Run:
+class Run(Generic[Model]):
     """The whole state of a training run."""
 
-    model: nn.Module
-    average: nn.Module  # running average of the model's weights: what is sampled from and exported
+    model: Model
+    average: Model  # running average of the model's weights: what is sampled from and exported
     optimizer: torch.optim.Optimizer
     step: int = 0  # steps done
     seconds: float = 0.0  # time spent on them
@@ -60,7 +63,7 @@ class Plan:
         return self.rate * cosine * min(1.0, (run.step + 1) / self.warm_up)
 
 
-def start(model: nn.Module) -> Run:
+def start(model: Model) -> Run[Model]:
     average = copy.deepcopy(model).requires_grad_(False)
     return Run(model, average, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True))
 
@@ -114,7 +117,8 @@ def train(
 def update_average(run: Run) -> None:
     """Exponential moving average over about the last tenth of the run so far."""
     decay = min(0.9995, (1 + run.step) / (10 + run.step))
-    averages, weights = list(run.average.parameters()), list(run.model.parameters())
+    averages: list[Tensor] = list(run.average.parameters())
+    weights: list[Tensor] = list(run.model.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 

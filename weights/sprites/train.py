@@ -2,12 +2,13 @@
 
     python -m consistory.weights.sprites.train vae    --work runs/sprites --images 30000
     python -m consistory.weights.sprites.train unet   --work runs/sprites --images 150000
-    python -m consistory.weights.sprites.train export --work runs/sprites --to weights/sprites/checkpoint
+    python -m consistory.weights.sprites.train export --work runs/sprites --checkpoint weights/sprites/checkpoint
 
 Stage 1 is the autoencoder. Stage 2 is the UNet together with both text encoders, which start from random weights too.
 A run that was stopped goes on exactly where its last checkpoint was. With a longer `--images` (or `--minutes`, for
 machines whose speed is not known) a finished run goes on as well; its learning rate jumps to where the longer cosine
-has it. While it runs, the work folder holds the checkpoint and a sheet of samples.
+has it. While it runs, the work folder holds the checkpoint and a sheet of samples. On another machine, `restore` makes
+a work folder from an exported checkpoint.
 
 Runs on CUDA, where there is one, or on CPU: in bfloat16 on either if the hardware multiplies it fast.
 """
@@ -151,7 +152,8 @@ def vae_loss(vae: VAE, images: Tensor, noise: Tensor) -> Tensor:
 
 def train_vae(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
-    vae = VAE(VAEConfig.from_json(VAE_JSON)).to(device, memory_format=torch.channels_last)
+    vae = VAE(VAEConfig.from_json(VAE_JSON)).to(device)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks this argument
     run = start(vae)
     resume(run, work / "vae.safetensors")
 
@@ -373,6 +375,26 @@ def export(work: Path, folder: Path) -> None:
     _write_json(folder / "model_index.json", MODEL_INDEX_JSON)
 
 
+def restore(folder: Path, work: Path) -> None:
+    """Make a work folder from an exported checkpoint, so that training goes on where no earlier work folder is left.
+
+    The optimizer and the schedule start anew.
+    """
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        (path,) = (folder / name).glob("*.safetensors")
+        return {key: value.float() for key, value in load_file(path).items()}
+
+    children = ("text_encoder", "text_encoder_2", "unet")
+    parts = {
+        "vae.safetensors": tensors("vae"),
+        "unet.safetensors": {f"{child}.{key}": value for child in children for key, value in tensors(child).items()},
+    }
+    for name, part in parts.items():
+        both = {f"{kind}.{key}": value.clone() for kind in ("model", "average") for key, value in part.items()}
+        save_file(both, work / name, {"step": "0", "seconds": "0"})
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -380,7 +402,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the sprites model.")
-    parser.add_argument("job", choices=("vae", "unet", "export"))
+    parser.add_argument("job", choices=("vae", "unet", "export", "restore"))
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and sample sheets")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--images", type=int, help="how many images to train on, in all")
@@ -388,12 +410,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "checkpoint", help="where to export to")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint", help="export to it, or restore from it"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.work.mkdir(parents=True, exist_ok=True)
     if args.job == "export":
-        export(args.work, args.to)
+        export(args.work, args.checkpoint)
+        return
+    if args.job == "restore":
+        restore(args.checkpoint, args.work)
         return
     if args.images is None and args.minutes is None:
         parser.error("say how long to train: --images or --minutes")
