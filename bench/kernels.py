@@ -326,24 +326,26 @@ def main() -> None:
 
     facts = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    results = RESULTS / f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}.json"
     rows: list[Row] = []
+
+    def report(new: list[Row]) -> None:
+        """Saved row by row: a run that is cut short keeps what it has measured."""
+        show(new)
+        rows.extend(new)
+        if not arguments.quick:
+            results.parent.mkdir(exist_ok=True)
+            results.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+
     if arguments.tiles:
         for shape in (Shape(4, 1024, 20), Shape(4, 4096, 10)):
-            tiles = best_tiles(shape, device, dtype, rounds)
-            show(tiles)
-            rows += tiles
-    else:
-        for operator in arguments.operator:
-            for shape in shapes(device, arguments.quick):
-                rows += race(operator, shape, device, dtype, rounds)
-                show(rows[-len(CONTENDERS[operator]) :])
-    if arguments.quick:
+            report(best_tiles(shape, device, dtype, rounds))
         return
-    RESULTS.mkdir(exist_ok=True)
-    name = f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}"
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": facts, "rows": [asdict(r) for r in rows]}, indent=1))
-    if not arguments.tiles and "extended_attention" in arguments.operator:
-        plot(rows, facts, RESULTS / f"{name}.png")
+    for operator in arguments.operator:
+        for shape in shapes(device, arguments.quick):
+            report(race(operator, shape, device, dtype, rounds))
+        if operator == "extended_attention" and not arguments.quick:
+            plot(rows, facts, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
