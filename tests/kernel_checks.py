@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,10 +54,18 @@ def assert_as_good_as(plain: Tensor, out: Tensor, exact: Tensor) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory nobody has written holds NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    """Memory that nobody has written holds NaN or the largest integer."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            memory = allocate(*arguments, **options)
+            return memory.fill_(torch.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max)
+
+        return call
+
+    with (
+        patch.object(torch, "empty", poisoned(torch.empty)),
+        patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
+    ):
         yield
-    finally:
-        torch.use_deterministic_algorithms(before)
