@@ -97,7 +97,7 @@ def train(
         now = time.monotonic()
         run.seconds += now - began
 
-        running_loss = loss.item() if running_loss is None else 0.98 * running_loss + 0.02 * loss.item()
+        running_loss = loss.detach() if running_loss is None else running_loss.lerp(loss.detach(), 0.02)
         if now - shown > 10:
             shown = now
             speed = plan.batch * (run.step - first_step) / (run.seconds - first_seconds)
@@ -159,12 +159,12 @@ def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def generator_for(*numbers: int) -> torch.Generator:
-    """A CPU generator that depends on the numbers (seed, stage, step) only."""
+def generator_for(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the numbers (seed, stage, step) only."""
     seed = 0
     for number in numbers:
         seed = seed * 1_000_003 + number
-    return torch.Generator().manual_seed(seed % 2**63)
+    return torch.Generator(device).manual_seed(seed % 2**63)
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,16 @@ UNET_JSON: dict[str, Any] = {
     "attention_head_dim": [2, 4],  # the numbers of heads: diffusers' name
     "block_out_channels": [64, 128],
     "cross_attention_dim": sum(TEXT_WIDTHS),
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
     "in_channels": 4,
-    "layers_per_block": 1,
+    "layers_per_block": 2,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_num_groups": 16,
     "out_channels": 4,
     "projection_class_embeddings_input_dim": TEXT_WIDTHS[1] + 6 * 16,
     "sample_size": IMAGE_SIZE // 2,
-    "transformer_layers_per_block": [1, 2],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 1],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
     "use_linear_projection": True,
 }
 SCHEDULER_JSON: dict[str, Any] = {
@@ -267,8 +268,9 @@ class Pool:
 
 
 def denoising_loss(
-    model: Denoiser, alpha_bars: Tensor, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, known: Tensor
-) -> Tensor:
+    model: Callable[..., Tensor], alpha_bars: Tensor, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor,
+    known: Tensor,
+) -> Tensor:  # fmt: skip
     """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR.
 
     x0, eps [B, 4, h, w], t [B], ids [B, 77], known [B]: whether the caption is given.
@@ -280,6 +282,11 @@ def denoising_loss(
     return (snr.clamp(max=SNR_CAP) / snr * (predicted - eps) ** 2).mean()
 
 
+def compiled(model: Denoiser, device: torch.device) -> Callable[..., Tensor]:
+    """On a GPU, training waits for memory rather than for arithmetic: there fused kernels pay for their compilation."""
+    return torch.compile(model) if device.type == "cuda" else model
+
+
 def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     tokenize = Captions(work)
@@ -289,6 +296,7 @@ def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
     run = start(model)
     resume(run, work / "unet.safetensors")
     alpha_bars = ddim.alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON)).to(device)
+    denoiser = compiled(model, device)
     pool: Pool | None = None
 
     def loss_of(step: int) -> Tensor:
@@ -299,12 +307,12 @@ def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
         generator = generator_for(seed, 5, step)
         # Every pass goes through the pool in the same order; a batch that runs over the end starts over.
         index = (place + torch.arange(plan.batch)) % POOL
-        x0 = pool.latents[index]
+        x0 = pool.latents[index.to(device)]
         t = torch.randint(len(alpha_bars), (plan.batch,), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
+        eps = torch.randn(x0.shape, device=device, generator=generator_for(seed, 7, step, device=device))
         known = torch.rand(plan.batch, generator=generator) >= CAPTION_DROPOUT
         ids, ids_2 = tokenize(captions(pool.scenes[index], generator), device)
-        return denoising_loss(model, alpha_bars, x0, eps.to(device), t.to(device), ids, ids_2, known.to(device))
+        return denoising_loss(denoiser, alpha_bars, x0, eps, t.to(device), ids, ids_2, known.to(device))
 
     def sheet(path: Path) -> None:
         prompts = [f"a {s} {SETTINGS[(2 * i + j) % len(SETTINGS)]}" for i, s in enumerate(SUBJECTS) for j in range(2)]
