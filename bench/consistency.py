@@ -71,11 +71,14 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=40)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--model", default="sprites")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--configs", nargs="+", default=["vanilla", "consistory"], choices=CONFIGS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "consistency.json")
     args = parser.parse_args()
 
-    pipe, oracle = ConsiStory.from_pretrained(args.model), Oracle.load()
+    pipe = ConsiStory.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    oracle = Oracle.load()
     rows = {}
     for name in args.configs:
         start = time.perf_counter()
@@ -94,7 +97,8 @@ def main() -> None:
 
     about = {
         "sets": args.sets, "images per set": IMAGES, "steps": args.steps, "model": args.model,
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "machine": platform.machine(), "device": args.device, "dtype": args.dtype,
     }  # fmt: skip
     args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 

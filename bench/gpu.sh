@@ -21,7 +21,7 @@ export PYTHONPATH="$site" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
 echo "=== kernel tests"
-timeout 180 "$python" -m pytest -p no:cacheprovider tests/test_kernels_*.py 2>&1 | tee "$results/tests.log" | tail -n 30
+timeout 180 "$python" -P -m pytest -p no:cacheprovider tests/test_kernels_*.py 2>&1 | tee "$results/tests.log" | tail -n 30
 echo "=== kernels against their peers"
 timeout 240 "$python" bench/kernels.py --device cuda 2>&1 | tee "$results/kernels.log"
 echo "=== whole stories at SDXL's size, random weights"
@@ -30,7 +30,7 @@ timeout 150 "$python" bench/story.py --time --device cuda --dtype float16 2>&1 |
 if [ "$train" != 0 ]; then
     echo "=== sprites, $train minutes"
     work=$(mktemp -d)
-    "$python" -m consistory.weights.sprites.train restore --work "$work"
-    "$python" -m consistory.weights.sprites.train unet --work "$work" --minutes "$train" --batch 256 --rate 1e-3
-    "$python" -m consistory.weights.sprites.train export --work "$work" --checkpoint "$results/checkpoint"
+    "$python" -P -m consistory.weights.sprites.train restore --work "$work"
+    "$python" -P -m consistory.weights.sprites.train unet --work "$work" --minutes "$train" --batch 256 --rate 1e-3
+    "$python" -P -m consistory.weights.sprites.train export --work "$work" --checkpoint "$results/checkpoint"
 fi

@@ -10,6 +10,7 @@ import torch
 from consistory.weights.sprites import train as training
 from consistory.weights.sprites.loop import Plan, Run, generator_for, resume, save, start, train, update_average
 from consistory.weights.sprites.train import (
+    PASSES,
     SCHEDULER_JSON,
     SNR_CAP,
     Captions,
@@ -221,11 +222,13 @@ def denoiser(work: Path) -> Denoiser:
 
 
 class TestResults:
-    def test_latents_are_scaled_to_unit_variance(self, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_latents_are_scaled_to_unit_variance(
+        self, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(training, "POOL", 64)
         vae = load_vae(work, CPU)
-        pool = Pool.draw(vae, seed=5, number=0, device=CPU)
-        assert pool.latents.shape == (64, 4, 32, 32) and len(pool.scenes) == 64
+        pool = Pool.draw(vae, Captions(tmp_path), seed=5, number=0, device=CPU)
+        assert pool.latents.shape == (64, 4, 32, 32) and len(pool.ids) == PASSES * 64
         assert pool.latents.std().item() == pytest.approx(1, rel=0.1)
 
     def test_samples_depend_on_the_generator_only(self, work: Path) -> None:

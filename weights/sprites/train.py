@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from consistory.weights.sprites.loop import Plan, below, generator_for, mixed_precision, resume, start, train
 from consistory.weights.sprites.tokenizer import END, build_tokenizer
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, captions, render, sample_scenes
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, captions, render, sample_scenes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -158,11 +158,18 @@ def train_vae(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
     run = start(vae)
     resume(run, work / "vae.safetensors")
 
+    pictures: tuple[int, Tensor] | None = None
+
     def loss_of(step: int) -> Tensor:
-        generator = generator_for(seed, 1, step)
-        images, _ = render(sample_scenes(plan.batch, generator).to(device), IMAGE_SIZE)
-        noise = torch.randn(plan.batch, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, generator=generator)
-        return vae_loss(vae, 2 * images - 1, noise.to(device))
+        nonlocal pictures
+        number, place = divmod(step * plan.batch, PASSES * POOL)
+        if pictures is None or pictures[0] != number:
+            scenes = sample_scenes(POOL, generator_for(seed, 1, number))
+            pictures = number, render(scenes.to(device), IMAGE_SIZE)[0]
+        images = pictures[1][(place + torch.arange(plan.batch, device=device)) % POOL]
+        generator = generator_for(seed, 8, step, device=device)
+        noise = torch.randn(plan.batch, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, generator=generator, device=device)
+        return vae_loss(vae, 2 * images - 1, noise)
 
     def sheet(path: Path) -> None:
         images, _ = render(sample_scenes(16, generator_for(seed, 2)).to(device), IMAGE_SIZE)
@@ -189,7 +196,7 @@ def load_vae(work: Path, device: torch.device) -> VAE:
 def encode(vae: VAE, images: Tensor) -> Tensor:
     """images [B, 3, H, W] in [0, 1] -> latents [B, 4, h, w], scaled."""
     with mixed_precision(images.device):
-        means = [vae.encode(2 * chunk - 1)[0].float() for chunk in images.split(128)]
+        means = [vae.encode(2 * part - 1)[0].float() for part in images.split(1024 if images.is_cuda else 128)]
     return vae.config.scaling_factor * torch.cat(means)
 
 
@@ -211,6 +218,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
+        self.register_buffer("sizes", torch.tensor(SIZES, dtype=torch.float32), persistent=False)
         self.text_encoder = TextEncoder(TextConfig.from_json(text_json(0, vocabulary)))
         self.text_encoder_2 = TextEncoder(TextConfig.from_json(text_json(1, vocabulary)))
         self.unet = UNet(UNetConfig.from_json(UNET_JSON))
@@ -224,8 +232,7 @@ class Denoiser(nn.Module):
         context = torch.cat([context, context_2], dim=-1)
         if known is not None:
             context, pooled = context * known[:, None, None], pooled * known[:, None]
-        sizes = torch.tensor(SIZES, device=ids.device, dtype=torch.float32).expand(len(ids), 6)
-        return Conditioning(context, pooled, sizes)
+        return Conditioning(context, pooled, self.sizes.expand(len(ids), 6))
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, known: Tensor | None = None) -> Tensor:
         """The predicted noise [B, 4, h, w]."""
@@ -254,17 +261,22 @@ class Captions:
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes with their latents [POOL, 4, h, w]; each is used PASSES times, then comes the next pool."""
+    """Scenes drawn, encoded and captioned at once; each is used PASSES times, then comes the next pool.
+
+    latents [POOL, 4, h, w]; ids, ids_2 [PASSES * POOL, 77], another caption for every pass.
+    """
 
     number: int
-    scenes: Scenes
     latents: Tensor
+    ids: Tensor
+    ids_2: Tensor
 
     @classmethod
-    def draw(cls, vae: VAE, seed: int, number: int, device: torch.device) -> Pool:
-        scenes = sample_scenes(POOL, generator_for(seed, 4, number))
-        batches = [scenes[i : i + 256].to(device) for i in range(0, POOL, 256)]
-        return cls(number, scenes, torch.cat([encode(vae, render(batch, IMAGE_SIZE)[0]) for batch in batches]))
+    def draw(cls, vae: VAE, tokenize: Captions, seed: int, number: int, device: torch.device) -> Pool:
+        generator = generator_for(seed, 4, number)
+        scenes = sample_scenes(POOL, generator)
+        texts = [text for _ in range(PASSES) for text in captions(scenes, generator)]
+        return cls(number, encode(vae, render(scenes.to(device), IMAGE_SIZE)[0]), *tokenize(texts, device))
 
 
 def denoising_loss(
@@ -282,9 +294,16 @@ def denoising_loss(
     return (snr.clamp(max=SNR_CAP) / snr * (predicted - eps) ** 2).mean()
 
 
-def compiled(model: Denoiser, device: torch.device) -> Callable[..., Tensor]:
-    """On a GPU, training waits for memory rather than for arithmetic: there fused kernels pay for their compilation."""
-    return torch.compile(model) if device.type == "cuda" else model
+def graphed(model: Denoiser, batch: int) -> Callable[..., Tensor]:
+    """The model in training as two CUDA graphs, forward and backward: its many small kernels cost little to launch."""
+    x = torch.zeros(batch, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, device="cuda")
+    t, known = (torch.zeros(batch, dtype=dtype, device="cuda") for dtype in (torch.int64, torch.bool))
+    ids, ids_2 = (torch.zeros(batch, 77, dtype=torch.int64, device="cuda") for _ in range(2))
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        call: Callable[..., Tensor] = torch.cuda.make_graphed_callables(
+            model, (x, t, ids, ids_2, known), allow_unused_input=True
+        )
+    return call
 
 
 def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
@@ -296,23 +315,22 @@ def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
     run = start(model)
     resume(run, work / "unet.safetensors")
     alpha_bars = ddim.alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON)).to(device)
-    denoiser = compiled(model, device)
+    denoiser: Callable[..., Tensor] = graphed(model, plan.batch) if device.type == "cuda" else model
     pool: Pool | None = None
 
     def loss_of(step: int) -> Tensor:
         nonlocal pool
         number, place = divmod(step * plan.batch, PASSES * POOL)
         if pool is None or pool.number != number:
-            pool = Pool.draw(vae, seed, number, device)
-        generator = generator_for(seed, 5, step)
-        # Every pass goes through the pool in the same order; a batch that runs over the end starts over.
-        index = (place + torch.arange(plan.batch)) % POOL
-        x0 = pool.latents[index.to(device)]
-        t = torch.randint(len(alpha_bars), (plan.batch,), generator=generator)
-        eps = torch.randn(x0.shape, device=device, generator=generator_for(seed, 7, step, device=device))
-        known = torch.rand(plan.batch, generator=generator) >= CAPTION_DROPOUT
-        ids, ids_2 = tokenize(captions(pool.scenes[index], generator), device)
-        return denoising_loss(denoiser, alpha_bars, x0, eps, t.to(device), ids, ids_2, known.to(device))
+            pool = Pool.draw(vae, tokenize, seed, number, device)
+        generator = generator_for(seed, 5, step, device=device)
+        # A batch that runs over the pool's end starts over.
+        index = (place + torch.arange(plan.batch, device=device)) % (PASSES * POOL)
+        x0 = pool.latents[index % POOL]
+        t = torch.randint(len(alpha_bars), (plan.batch,), generator=generator, device=device)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        known = torch.rand(plan.batch, generator=generator, device=device) >= CAPTION_DROPOUT
+        return denoising_loss(denoiser, alpha_bars, x0, eps, t, pool.ids[index], pool.ids_2[index], known)
 
     def sheet(path: Path) -> None:
         prompts = [f"a {s} {SETTINGS[(2 * i + j) % len(SETTINGS)]}" for i, s in enumerate(SUBJECTS) for j in range(2)]
@@ -434,6 +452,7 @@ def main() -> None:
         parser.error("say how long to train: --images or --minutes")
     plan = Plan(args.images, args.minutes, args.batch, args.rate)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # shapes never change
     {"vae": train_vae, "unet": train_unet}[args.job](args.work, plan, args.seed, device)
 
 

@@ -62,7 +62,7 @@ EXTENT = 64.0  # scene units across the picture
 INK = (0.07, 0.05, 0.10)
 OUTLINE = 1.2  # scene units
 JITTERS = 8
-CHUNK = 512  # scenes drawn at once: keeps the working set in the cache
+CHUNK = 512  # scenes drawn at once on a CPU: keeps the working set in the cache
 
 Distance = Tensor  # [B, R, R], or broadcastable to it
 Value = Tensor | float  # a scalar for all samples, or [B, 1, 1]
@@ -214,7 +214,8 @@ def render(scenes: Scenes, resolution: int = 64) -> tuple[Tensor, Tensor]:
         images: [B, 3, R, R] float32 in [0, 1].
         masks: [B, R, R] bool, the first subject with its outline.
     """
-    drawn = [_render_chunk(scenes[start : start + CHUNK], resolution) for start in range(0, len(scenes), CHUNK)]
+    chunk = CHUNK if scenes.setting.device.type == "cpu" else len(scenes)
+    drawn = [_render_chunk(scenes[start : start + chunk], resolution) for start in range(0, len(scenes), chunk)]
     images, masks = zip(*drawn, strict=True)
     return torch.cat(images), torch.cat(masks)
 
