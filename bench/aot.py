@@ -58,28 +58,27 @@ class Resources:
 
 
 def attention(
-    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None
+    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None, blend: bool = False
 ) -> Specimen:
     width, pointer = triton.next_power_of_2(head_size), f"*{TYPES[dtype]}"
-    tile = tile or extended_attention.tile_for(head_size, dtype)
+    tile = tile or extended_attention.tile_for(dtype)
     tensors = {
         f"{x}_{part}": t
         for x in ("q", "vanilla", "k", "v", "out")
         for part, t in (("ptr", pointer), ("strides", STRIDES))
     }
     return Specimen(
-        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}",
+        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}" + blend * " blend",
         kernel=extended_attention.attend_kernel,
         types=tensors
         | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "share_ptr": "*u8"}
         | {"weight": "fp32", "scale": "fp32", "images": "i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
         constants={
-            "BLEND": True,
+            "BLEND": blend,
             "HEAD_SIZE": head_size,
             "WIDTH": width,
             "QUERIES": tile.queries,
             "KEYS": tile.keys,
-            "EVEN": patches % tile.keys == 0,
         },
         warps=tile.warps,
         stages=tile.stages,
@@ -103,9 +102,10 @@ def pack(head_size: int, dtype: torch.dtype, patches: int) -> Specimen:
         constants={
             "HEAD_SIZE": head_size,
             "WIDTH": triton.next_power_of_2(head_size),
-            "ROWS": extended_attention.PACK_ROWS,
+            "ROWS": extended_attention.pack_rows(triton.next_power_of_2(head_size), dtype),
             "MASK_SIZE": patches,
         },
+        warps=8,
     )
 
 
@@ -167,7 +167,7 @@ def specimens() -> list[Specimen]:
     half = torch.float16
     return [
         attention(64, half, 4096),
-        attention(64, half, 3952),
+        attention(64, half, 4096, blend=True),
         attention(40, half, 4096),
         attention(128, half, 4096),
         attention(64, torch.float32, 4096),

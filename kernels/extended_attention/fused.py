@@ -16,9 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PACK_ROWS = 64
-
-
 class Tile(NamedTuple):
     """Queries and keys of one block, and the resources of the program that holds it."""
 
@@ -28,11 +25,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(head_size: int, dtype: torch.dtype) -> Tile:
-    """The largest block that spills no register: two programs fit on a Hopper multiprocessor at head size 64."""
+def tile_for(dtype: torch.dtype) -> Tile:
+    """The fastest of the blocks that `bench/kernels.py --tiles` compares on an H100; float32 has registers for less."""
     if dtype == torch.float32:
-        return Tile(queries=64, keys=32, warps=8, stages=2)
-    return Tile(queries=128, keys=64, warps=4 if head_size in (16, 32, 64) else 8, stages=3)
+        return Tile(queries=64, keys=16, warps=8, stages=2)
+    return Tile(queries=128, keys=64, warps=8, stages=3)
 
 
 def extended_attention(
@@ -64,15 +61,22 @@ def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor) -> tuple[Tensor, 
     halves, anchors, heads, patches, head_size = anchor_k.shape
     packed_k, packed_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v))
     length = torch.empty(anchors, dtype=torch.int32, device=anchor_k.device)
+    width = triton.next_power_of_2(head_size)
+    rows = pack_rows(width, anchor_k.dtype)
     if anchors:
-        grid = (triton.cdiv(patches, PACK_ROWS), heads, halves * anchors)
+        grid = (triton.cdiv(patches, rows), heads, halves * anchors)
         pack_kernel[grid](
             anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.contiguous().view(torch.uint8),
             packed_k, packed_v, length, anchors, heads, patches,
-            HEAD_SIZE=head_size, WIDTH=triton.next_power_of_2(head_size),
-            ROWS=PACK_ROWS, MASK_SIZE=triton.next_power_of_2(patches), enable_fp_fusion=True,
+            HEAD_SIZE=head_size, WIDTH=width, ROWS=rows, MASK_SIZE=triton.next_power_of_2(patches),
+            num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return packed_k, packed_v, length
+
+
+def pack_rows(width: int, dtype: torch.dtype) -> int:
+    """Rows that one program packs: at most 32 KiB of keys, and as many of values."""
+    return min(256, 2**15 // (width * dtype.itemsize))
 
 
 def attend(
@@ -89,7 +93,7 @@ def attend(
     """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d]."""
     halves, images, heads, patches, head_size = q.shape
     width = triton.next_power_of_2(head_size)
-    tile = tile or tile_for(head_size, q.dtype)
+    tile = tile or tile_for(q.dtype)
     q_vanilla, weight = q_blend if q_blend is not None else (q, 0.0)
     out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
     attend_kernel[(triton.cdiv(patches, tile.queries), heads, halves * images)](
@@ -97,7 +101,7 @@ def attend(
         packed_k, packed_v, length, share.contiguous().view(torch.uint8), out, out.stride(),
         weight, log2(torch.e) / head_size**0.5, images, share.shape[1], heads, patches,
         BLEND=q_blend is not None, HEAD_SIZE=head_size, WIDTH=width,
-        QUERIES=tile.queries, KEYS=tile.keys, EVEN=patches % tile.keys == 0,
+        QUERIES=tile.queries, KEYS=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -116,6 +120,8 @@ def load_rows(ptr, stride, row, rows, ALL: tl.constexpr, HEAD_SIZE: tl.constexpr
     address = ptr + row[:, None] * stride + column[None, :]
     if ALL and HEAD_SIZE == WIDTH:
         return tl.load(address)
+    elif ALL:
+        return tl.load(address, mask=(column < HEAD_SIZE)[None, :], other=0.0)
     else:
         return tl.load(address, mask=(row < rows)[:, None] & (column < HEAD_SIZE)[None, :], other=0.0)
 
@@ -154,27 +160,37 @@ def pack_kernel(
 
 
 @triton.jit
+def fold(q, k, v, acc, norm, m, scale, left, WHOLE: tl.constexpr, KEYS: tl.constexpr):
+    """One block of keys into the online softmax. Unless WHOLE, only its first `left` keys count."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if not WHOLE:
+        scores = tl.where((tl.arange(0, KEYS) < left)[None, :], scores, float("-inf"))
+    new_m = tl.maximum(m, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_m[:, None])
+    decay = tl.exp2(m - new_m)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, norm * decay + tl.sum(p, 1), new_m
+
+
+@triton.jit
 def stream(
     q, acc, norm, m, k_ptr, k_stride, v_ptr, v_stride, length, scale,
-    EVEN: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Fold `length` keys into the online softmax: acc [Q, WIDTH], its normaliser [Q] and the running maximum m [Q].
 
-    EVEN: length is a multiple of KEYS, so no block needs a mask.
+    Whole blocks need no mask; what is left over comes last.
     """
-    for start in range(0, length, KEYS):
-        key = start + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, k_stride, key, length, EVEN, HEAD_SIZE, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if not EVEN:
-            scores = tl.where((key < length)[None, :], scores, float("-inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1) * scale)
-        p = tl.exp2(scores * scale - new_m[:, None])
-        decay = tl.exp2(m - new_m)
-        v = load_rows(v_ptr, v_stride, key, length, EVEN, HEAD_SIZE, WIDTH)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        norm = norm * decay + tl.sum(p, 1)
-        m = new_m
+    key = tl.arange(0, KEYS)
+    whole = length // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        k = load_rows(k_ptr, k_stride, start + key, length, True, HEAD_SIZE, WIDTH)
+        v = load_rows(v_ptr, v_stride, start + key, length, True, HEAD_SIZE, WIDTH)
+        acc, norm, m = fold(q, k, v, acc, norm, m, scale, KEYS, True, KEYS)
+    if whole < length:
+        k = load_rows(k_ptr, k_stride, whole + key, length, False, HEAD_SIZE, WIDTH)
+        v = load_rows(v_ptr, v_stride, whole + key, length, False, HEAD_SIZE, WIDTH)
+        acc, norm, m = fold(q, k, v, acc, norm, m, scale, length - whole, False, KEYS)
     return acc, norm, m
 
 
@@ -184,7 +200,7 @@ def attend_kernel(
     packed_k_ptr, packed_v_ptr, length_ptr, share_ptr, out_ptr, out_strides,
     weight, scale, images, anchors, heads, patches,
     BLEND: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries, a head, a half and image. share uint8 [N, A]; scale = log2(e) / sqrt(d)."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -203,7 +219,7 @@ def attend_kernel(
     own_k = k_ptr + offset(k_strides, half, image, head)
     own_v = v_ptr + offset(v_strides, half, image, head)
     acc, norm, m = stream(
-        q, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, EVEN, HEAD_SIZE, WIDTH, KEYS
+        q, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, HEAD_SIZE, WIDTH, KEYS
     )
     for anchor in range(anchors):
         reads = tl.load(share_ptr + image * anchors + anchor) != 0
@@ -211,7 +227,7 @@ def attend_kernel(
         first = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches * HEAD_SIZE
         acc, norm, m = stream(
             q, acc, norm, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE, length, scale,
-            False, HEAD_SIZE, WIDTH, KEYS,
+            HEAD_SIZE, WIDTH, KEYS,
         )  # fmt: skip
 
     column = tl.arange(0, WIDTH)

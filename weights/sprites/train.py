@@ -4,7 +4,7 @@
     python -m consistory.weights.sprites.train unet   --work runs/sprites --images 150000
     python -m consistory.weights.sprites.train export --work runs/sprites --checkpoint weights/sprites/checkpoint
 
-Stage 1 is the autoencoder. Stage 2 is the UNet together with both text encoders, which start from random weights too.
+Stage 1 is the autoencoder; `decoder` trains its second half only, also after stage 2. Stage 2 is the UNet together with both text encoders, which start from random weights too.
 A run that was stopped goes on exactly where its last checkpoint was. With a longer `--images` (or `--minutes`, for
 machines whose speed is not known) a finished run goes on as well; its learning rate jumps to where the longer cosine
 has it. While it runs, the work folder holds the checkpoint and a sheet of samples. On another machine, `restore` makes
@@ -22,6 +22,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,15 @@ def vae_loss(vae: VAE, images: Tensor, noise: Tensor) -> Tensor:
     return F.l1_loss(decoded, images) + edges + KL_WEIGHT * divergence
 
 
-def train_vae(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
+def train_vae(work: Path, plan: Plan, seed: int, device: torch.device, learning: str = "") -> None:
+    """learning: "decoder." leaves the encoder, and thereby the latents that a UNet has learned, as they are."""
     torch.manual_seed(seed)
     vae = VAE(VAEConfig.from_json(VAE_JSON)).to(device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks this argument
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name.startswith(learning))
     run = start(vae)
     resume(run, work / "vae.safetensors")
-
     pictures: tuple[int, Tensor] | None = None
 
     def loss_of(step: int) -> Tensor:
@@ -428,7 +431,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the sprites model.")
-    parser.add_argument("job", choices=("vae", "unet", "export", "restore"))
+    parser.add_argument("job", choices=("vae", "decoder", "unet", "export", "restore"))
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and sample sheets")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--images", type=int, help="how many images to train on, in all")
@@ -453,7 +456,8 @@ def main() -> None:
     plan = Plan(args.images, args.minutes, args.batch, args.rate)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # shapes never change
-    {"vae": train_vae, "unet": train_unet}[args.job](args.work, plan, args.seed, device)
+    jobs = {"vae": train_vae, "decoder": partial(train_vae, learning="decoder."), "unet": train_unet}
+    jobs[args.job](args.work, plan, args.seed, device)
 
 
 if __name__ == "__main__":
