@@ -17,8 +17,10 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
+from consistory.kernels import backends
 from consistory.weights.loading import sdxl_configs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,6 +116,16 @@ def seconds(
     return median(times)
 
 
+def timed(unet: UNet, config: ConsistoryConfig, args: argparse.Namespace, name: str) -> dict[str, float]:
+    row = {}
+    for images in args.images:
+        seconds(unet, config, images, min(3, args.steps), args.size, args.device, repeats=1)  # warm up
+        took = seconds(unet, config, images, args.steps, args.size, args.device, args.repeats)
+        row[f"seconds for {images} images"] = took
+        print(f"{name:18} {images} images: {took:.2f} s", flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
@@ -122,7 +134,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="latent height and width")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "story.json")
     args = parser.parse_args()
 
@@ -138,11 +150,9 @@ def main() -> None:
             unet = UNet(UNetConfig.from_json(sdxl_configs()["unet"])).to(getattr(torch, args.dtype)).eval()
         unet = unet.requires_grad_(False)
         for name, config in CONFIGS.items():
-            for images in args.images:
-                seconds(unet, config, images, min(3, args.steps), args.size, args.device, repeats=1)  # warm up
-                took = seconds(unet, config, images, args.steps, args.size, args.device, args.repeats)
-                rows[name][f"seconds for {images} images"] = took
-                print(f"{name:10} {images} images: {took:.2f} s", flush=True)
+            rows[name] |= timed(unet, config, args, name)
+        with patch.object(backends, "find_spec", return_value=None):  # as if Triton were not installed
+            rows["default, no Triton"] = timed(unet, CONFIGS["default"], args, "default, no Triton")
 
     about = {
         "hardware": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),

@@ -209,7 +209,8 @@ class UNet(nn.Module):
 
     def _embed(self, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
         """Timestep, pooled text and sizes, [B, emb_width]."""
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        # Filled on the device: copying one number there would make the host wait.
+        t = t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
         time = sinusoids(t, self.config.widths[0]).to(x.dtype)
         sizes = sinusoids(cond.sizes, self.config.size_features).flatten(1).to(x.dtype)
         return self.time_embedding(time) + self.add_embedding(torch.cat([cond.pooled, sizes], dim=-1))
