@@ -20,6 +20,6 @@ def apply_freeu(x: Tensor, skip: Tensor, level: int, freeu: FreeU) -> tuple[Tens
 def scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     """Multiply the lowest frequencies (-1 and 0 along both axes) of each channel by s. [B, C, h, w]."""
     spectrum = torch.fft.fft2(x.float())  # half-precision transforms exist for powers of two only
-    lowest = torch.tensor([0, -1], device=x.device)
-    spectrum[..., lowest[:, None], lowest] *= s
+    h, w = x.shape[-2:]
+    spectrum[..., :: max(1, h - 1), :: max(1, w - 1)] *= s  # the first and the last along both axes
     return torch.fft.ifft2(spectrum).real.to(x.dtype)
