@@ -42,6 +42,10 @@ examples:
       --single-file path/to/sd_xl_base_1.0.safetensors
       SDXL as one file; two subjects, both kept
 
+  consistory "a cat" --settings "on the beach" "in the snow" --out first --save-subject cat.safetensors
+  consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
+      more pictures of the same cat, later
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata."""
 
@@ -53,13 +57,22 @@ PRESETS: dict[str, Callable[[], ConsistoryConfig]] = {
 }
 
 
+EXTEND = """\
+Draw more pictures of a subject that `consistory SUBJECT ... --save-subject FILE` has kept. Its first pictures, the
+anchors, are drawn again along with the new ones, which come out as if all had been drawn together."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted."""
-    args = parse(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["extend"]:
+        args, make = parse_extend(argv[1:]), extend
+    else:
+        args, make = parse(argv), draw
     try:
         with warnings_on_stderr():
             check_can_save(args.out)
-            draw(args).save(args.out)
+            make(args).save(args.out)
     except ConsistoryError as error:
         print("consistory: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -73,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(args: argparse.Namespace) -> Story:
     """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
-    import torch
-
-    try:
+    if args.save_subject is not None:
+        check_can_save(args.save_subject.absolute().parent)
+    with told_if_out_of_memory():
         pipe = load(args)
         with progress_bar(args.quiet) as on_step:
-            return pipe(
+            story = pipe(
                 subject=args.subject,
                 settings=args.settings,
                 style=args.style,
@@ -93,6 +106,28 @@ def draw(args: argparse.Namespace) -> Story:
                 config=method(args),
                 on_step=on_step,
             )
+    if args.save_subject is not None:
+        story.subject.save(args.save_subject)
+    return story
+
+
+def extend(args: argparse.Namespace) -> Story:
+    """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
+    from .subject import Subject
+
+    with told_if_out_of_memory():
+        subject = Subject.load(args.subject, load(args))
+        seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
+        with progress_bar(args.quiet) as on_step:
+            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+
+
+@contextmanager
+def told_if_out_of_memory() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise ConsistoryError("out of memory: draw fewer or smaller pictures, or use --dtype float16") from None
 
@@ -182,22 +217,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     story.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
-    output.add_argument("--quiet", action="store_true", help="no progress bar and no last line")
-
-    model = parser.add_argument_group("the model")
-    source = model.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model", default="sprites",
-        help="a folder in the diffusers layout, or sprites, the embedded 64-pixel cartoons (default: sprites)",
+    output = add_output(parser)
+    output.add_argument(
+        "--save-subject", metavar="FILE", type=Path,
+        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
     )
-    source.add_argument("--single-file", metavar="PATH", help="an SDXL checkpoint in one .safetensors file")
-    model.add_argument("--variant", help="which of a folder's weights to take, such as fp16 (default: the plain ones)")
-    model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
-    model.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, float32 elsewhere"
-    )
+    add_model(parser)
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -230,6 +255,52 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
     return parser.parse_args(argv)
+
+
+def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `extend`. Exits with code 2 and one line if they are malformed."""
+    parser = Parser(
+        prog="consistory extend",
+        usage="consistory extend FILE --settings SETTING [SETTING ...] [--out FOLDER] [options]",
+        description=EXTEND,
+        allow_abbrev=False,
+    )
+    parser.add_argument("subject", metavar="FILE", type=Path, help="what --save-subject has written")
+    parser.add_argument("--settings", metavar="SETTING", nargs="+", required=True, help="one for each new picture")
+    parser.add_argument(
+        "--seed", type=int, nargs="+",
+        help="of the noise: one number, from which the pictures count up, or one for each picture (default: they go on "
+        "after the last of the subject's first story)",
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="draw at most so many new pictures at a time, to save memory (default: all)",
+    )
+    add_output(parser)
+    add_model(parser)
+    return parser.parse_args(argv)
+
+
+def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
+    output.add_argument("--quiet", action="store_true", help="no progress bar and no last line")
+    return output
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("the model")
+    source = model.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model", default="sprites",
+        help="a folder in the diffusers layout, or sprites, the embedded 64-pixel cartoons (default: sprites)",
+    )
+    source.add_argument("--single-file", metavar="PATH", help="an SDXL checkpoint in one .safetensors file")
+    model.add_argument("--variant", help="which of a folder's weights to take, such as fp16 (default: the plain ones)")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
+    model.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, float32 elsewhere"
+    )
 
 
 def probability(text: str) -> float:

@@ -69,6 +69,42 @@ def test_seed_and_method_change_the_pictures(tmp_path: Path) -> None:
     assert len(pictures) == len(variants)
 
 
+def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture) -> None:
+    """As if all pictures had been drawn in one story."""
+    kept = tmp_path / "cat.safetensors"
+    options = ["--steps", "4", "--seed", "3"]
+    assert command(*CAT, "in space", "in a meadow", *options, "--out", tmp_path / "all") == 0
+    assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept) == 0
+    more = ["extend", kept, "--settings", "in space", "in a meadow", "--chunk", "1", "--out", tmp_path / "more"]
+    assert command(*more) == 0
+    for number in (1, 2):
+        new, expected = (
+            np.asarray(Image.open(tmp_path / f"{folder}.png")).astype(int)
+            for folder in (f"more/0{number}", f"all/0{number + 2}")
+        )
+        assert np.abs(new - expected).max() <= 1
+    assert f"look at {tmp_path / 'more' / 'grid.png'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"not safetensors"], ids=["missing", "another file"])
+def test_what_is_no_subject_is_refused(tmp_path: Path, capsys: Capture, content: bytes | None) -> None:
+    kept = tmp_path / "cat.safetensors"
+    if content is not None:
+        kept.write_bytes(content)
+    assert command("extend", kept, "--settings", "in space", "--out", tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("consistory: error:") and str(kept) in shown and shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    assert command(*CAT, "--out", out, "--save-subject", tmp_path / "file" / "cat.safetensors") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert not out.exists()
+
+
 OTHER_FACTS = {"version", "model", "dtype", "seeds", "files", "grid"}  # of a record: not arguments of the call
 
 
