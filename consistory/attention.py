@@ -48,7 +48,7 @@ class AttentionControl:
         return x
 
     def decoder_features(self, x: Tensor, index: int) -> None:
-        """Sees the output of decoder block `index`, after its upsampler: [B, C, h, w]."""
+        """Sees the output of decoder block `index`, after its upsampler and as FreeU scales it: [B, C, h, w]."""
 
 
 class Attention(nn.Module):

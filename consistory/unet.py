@@ -193,10 +193,12 @@ class UNet(nn.Module):
                 skip = skips.pop()
                 if freeu is not None:
                     x, skip = apply_freeu(x, skip, index, freeu)
+                if i == 0 and index > 0:  # after FreeU, as in the authors' implementation
+                    control.decoder_features(x, index - 1)
                 x = stage.apply_block(i, torch.cat([x, skip], dim=1), state.emb, state.context, control)
             if stage.upsamplers is not None:
                 x = stage.upsamplers[0](x)
-            control.decoder_features(x, index)
+        control.decoder_features(x, blocks - 1)
         return x
 
     def forward(

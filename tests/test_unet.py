@@ -382,6 +382,19 @@ def test_decoder_features_are_the_blocks_outputs(small: tuple[UNet, UNet2DCondit
         assert relative_error(features, output) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_freeu_scales_decoder_features_for_the_next_block(small: tuple[UNet, UNet2DConditionModel]) -> None:
+    """The recorded runs took their features where FreeU had scaled half of the channels."""
+    unet, _ = small
+    freeu, recorder = FreeU(s1=0.6, s2=0.4, b1=1.1, b2=1.2), Recorder()
+    state = unet.encode(*inputs(SMALL), AttentionControl())
+    output = unet.decode_blocks(1, state, AttentionControl(), freeu)
+    unet.decode(state, recorder, freeu)
+    half = output.shape[1] // 2
+    expected = torch.cat([output[:, :half] * 1.2, output[:, half:]], dim=1)
+    torch.testing.assert_close(recorder.features[0][1], expected)
+
+
 class Explicit(AttentionControl):
     """Attention written out: softmax(q k^T / sqrt(d)) v."""
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+
 class Tile(NamedTuple):
     """Queries and keys of one block, and the resources of the program that holds it."""
 

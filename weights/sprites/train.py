@@ -4,7 +4,8 @@
     python -m consistory.weights.sprites.train unet   --work runs/sprites --images 150000
     python -m consistory.weights.sprites.train export --work runs/sprites --checkpoint weights/sprites/checkpoint
 
-Stage 1 is the autoencoder; `decoder` trains its second half only, also after stage 2. Stage 2 is the UNet together with both text encoders, which start from random weights too.
+Stage 1 is the autoencoder; `decoder` trains its second half only, also after stage 2. Stage 2 is the UNet together with
+both text encoders, which start from random weights too.
 A run that was stopped goes on exactly where its last checkpoint was. With a longer `--images` (or `--minutes`, for
 machines whose speed is not known) a finished run goes on as well; its learning rate jumps to where the longer cosine
 has it. While it runs, the work folder holds the checkpoint and a sheet of samples. On another machine, `restore` makes
