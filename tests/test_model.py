@@ -300,4 +300,7 @@ def test_a_single_file_tells_the_same_story(
     path = tmp_path / "model.safetensors"
     save_file({key: x.contiguous() for key, x in original.items()}, path)
     single = ConsiStory.from_single_file(path)
-    assert torch.equal(single(**QUICK).latents, pipe(**QUICK).latents)
+    for ours, theirs in ((single.unet, pipe.unet), (single.vae, pipe.vae)):
+        assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
+    # Products may be rounded differently where weights lie differently in memory.
+    torch.testing.assert_close(single(**QUICK).latents, pipe(**QUICK).latents, atol=1e-5, rtol=0)
