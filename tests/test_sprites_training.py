@@ -221,6 +221,17 @@ def denoiser(work: Path) -> Denoiser:
     return run.average
 
 
+def test_the_decoder_learns_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the latents, which the UNet has learned, stay as they are."""
+    monkeypatch.setattr(training, "POOL", 8)
+    train_vae(tmp_path, Plan(images=8, minutes=None, batch=4, rate=1e-3), 0, CPU)
+    before = load_file(tmp_path / "vae.safetensors")
+    train_vae(tmp_path, Plan(images=16, minutes=None, batch=4, rate=1e-3), 0, CPU, learning="decoder.")
+    after = load_file(tmp_path / "vae.safetensors")
+    changed = {name for name in before if name.startswith("model.") and not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.decoder.") for name in changed)
+
+
 class TestResults:
     def test_latents_are_scaled_to_unit_variance(
         self, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,9 +23,8 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -220,6 +219,8 @@ class MatmulAttention(AttentionControl):
 class Denoiser(nn.Module):
     """All that learns in stage 2; its children carry the names of the checkpoint's folders."""
 
+    sizes: Tensor
+
     def __init__(self, vocabulary: int):
         super().__init__()
         self.register_buffer("sizes", torch.tensor(SIZES, dtype=torch.float32), persistent=False)
@@ -304,10 +305,8 @@ def graphed(model: Denoiser, batch: int) -> Callable[..., Tensor]:
     t, known = (torch.zeros(batch, dtype=dtype, device="cuda") for dtype in (torch.int64, torch.bool))
     ids, ids_2 = (torch.zeros(batch, 77, dtype=torch.int64, device="cuda") for _ in range(2))
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        call: Callable[..., Tensor] = torch.cuda.make_graphed_callables(
-            model, (x, t, ids, ids_2, known), allow_unused_input=True
-        )
-    return call
+        call = torch.cuda.make_graphed_callables(model, (x, t, ids, ids_2, known), allow_unused_input=True)
+    return cast(Callable[..., Tensor], call)
 
 
 def train_unet(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
@@ -457,8 +456,10 @@ def main() -> None:
     plan = Plan(args.images, args.minutes, args.batch, args.rate)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # shapes never change
-    jobs = {"vae": train_vae, "decoder": partial(train_vae, learning="decoder."), "unet": train_unet}
-    jobs[args.job](args.work, plan, args.seed, device)
+    if args.job == "unet":
+        train_unet(args.work, plan, args.seed, device)
+    else:
+        train_vae(args.work, plan, args.seed, device, learning="decoder." if args.job == "decoder" else "")
 
 
 if __name__ == "__main__":
