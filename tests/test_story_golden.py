@@ -79,3 +79,14 @@ def test_recorded_run(golden, golden_weights, monkeypatch, name):
         nearest, other = told.nearest[stride], index >= 0
         torch.testing.assert_close(nearest.distance, distance, atol=1e-5, rtol=0)
         assert (nearest.index != index)[other].float().mean() < 1e-3  # ties may go either way
+
+
+@pytest.mark.golden
+def test_recorded_extra(golden, golden_weights):
+    """A picture that joined cached anchors in the recording comes out the same in one story with them."""
+    tensors, case = golden("case3_cached")
+    noise = torch.cat([tensors["anchor/init_latents"], tensors["extra0/init_latents"]])
+    case = case | {"prompts": case["prompts"] + case["extra_prompts"]}
+    told = tell(ConsiStory.from_pretrained(golden_weights), {"init_latents": noise}, case)
+    recorded = torch.cat([tensors[f"{part}/pass2/latents_final"] for part in ("anchor", "extra0")])
+    torch.testing.assert_close(told.latents, recorded, atol=2e-4, rtol=0)
