@@ -12,12 +12,12 @@ from parity import randn, randomise, relative_error
 from test_unet import config_json
 from torch import Tensor
 
-from consistory import ConsistoryConfig, FreeU, QueryBlend
+from consistory import ConsistoryConfig, FreeU, QueryBlend, ddim
 from consistory.attention import AttentionControl
 from consistory.config import ScheduleConfig, UNetConfig
 from consistory.correspondence import nearest_patches, smooth
 from consistory.injection import Injection, plan_injection
-from consistory.masks import draw_dropout, subject_masks
+from consistory.masks import average_maps, draw_dropout, subject_masks
 from consistory.sdsa import Consistent, RecordQueries, Sharing
 from consistory.story import Plan, State, Told, blend_weight, denoise, tell
 from consistory.unet import Conditioning, UNet
@@ -31,7 +31,11 @@ PRESETS = {"default": ConsistoryConfig(), "reference": REFERENCE, "paper": Consi
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    """SDXL's topology in small: the finest level without attention, two transformer blocks in the coarsest."""
+    """SDXL's topology in small: the finest level without attention, two transformer blocks in the coarsest.
+
+    In float64: latents and masks stay in float32, where its rounding errors do not survive. In float32 they can carry a
+    patch over Otsu's threshold, and then two ways to compute the same story part for good.
+    """
     config = config_json(
         [8, 16, 16], [False, True, True], transformer_layers_per_block=[1, 1, 2], attention_head_dim=[1, 1, 2]
     )
@@ -39,7 +43,7 @@ def unet() -> UNet:
     randomise(unet)
     # Small predictions keep latents near their initial scale, where rounding does not grow from step to step.
     unet.conv_out.weight *= 0.2
-    return unet
+    return unet.double()
 
 
 def make_plan(
@@ -52,8 +56,8 @@ def make_plan(
     latent_size: tuple[int, int] = (8, 12),
 ) -> Plan:
     """Image i has the same prompt in every plan, however many there are."""
-    context = torch.stack([2 * randn(TOKENS, 20, seed=100 + i) for i in range(images)])
-    pooled = torch.stack([randn(12, seed=200 + i) for i in range(images)])
+    context = torch.stack([2 * randn(TOKENS, 20, seed=100 + i) for i in range(images)]).double()
+    pooled = torch.stack([randn(12, seed=200 + i) for i in range(images)]).double()
     weights = torch.zeros(images, TOKENS, 2)
     weights[:, 1, 0] = 1
     weights[:, 2:4, 1] = 0.5
@@ -83,19 +87,19 @@ def told(unet: UNet, config: ConsistoryConfig | None = None, **others: Any) -> T
 
 
 def scheduler(steps: int) -> DDIMScheduler:
-    ddim = DDIMScheduler(
+    oracle = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
-    ddim.set_timesteps(steps)
-    return ddim
+    oracle.set_timesteps(steps)
+    return oracle
 
 
 def naive_tell(plan: Plan, x: Tensor) -> Told:
     """Two passes from the same noise, both from the first step; vanilla calls are whole calls, at useless steps too."""
     if not plan.config.injection:
         return Told(naive_pass(plan, x, plan.steps, None)[0], {}, {})
-    timesteps = scheduler(plan.steps).timesteps.tolist()
+    timesteps = ddim.timesteps(plan.schedule, plan.steps)
     dift_step = min(range(plan.steps), key=lambda i: abs(timesteps[i] - 261))
     stop = plan.steps if plan.config.first_pass == "full" else dift_step + 1
     _, masks, features = naive_pass(plan, x, stop, None)
@@ -108,8 +112,13 @@ def naive_tell(plan: Plan, x: Tensor) -> Told:
 def naive_pass(
     plan: Plan, x: Tensor, stop: int, injection: Injection | None
 ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
-    """Latents, masks and features of every step, after the first `stop` steps."""
-    config, ddim, n = plan.config, scheduler(plan.steps), len(x)
+    """Latents, masks and features of every step, after the first `stop` steps.
+
+    Means and DDIM steps are the library's, so that not even a rounding error differs; diffusers checks those elsewhere.
+    """
+    config, n = plan.config, len(x)
+    timesteps = ddim.timesteps(plan.schedule, plan.steps)
+    alpha_bars = ddim.alpha_bars(plan.schedule)
     h, w = plan.latent_size
     sizes = {2: (h // 2, w // 2), 4: (h // 4, w // 4)}
     kept = {
@@ -125,10 +134,10 @@ def naive_pass(
         if not config.masking:
             return {s: torch.ones(n, a * b, dtype=torch.bool) for s, (a, b) in sizes.items()}
         recent = history[-config.mask_history :] if config.mask_history else history
-        return subject_masks(sum(recent) / len(recent), sizes[4], sizes)
+        return subject_masks(average_maps(recent), sizes[4], sizes)
 
-    for i, t in enumerate(ddim.timesteps[:stop]):
-        sample = torch.cat([x, x])
+    for i, t in enumerate(timesteps[:stop]):
+        sample = torch.cat([x, x]).double()
         vanilla = None
         if blend and i <= blended:
             recorder = RecordQueries()
@@ -140,9 +149,10 @@ def naive_pass(
             sharing = Sharing(keys, ~torch.eye(n, plan.anchors, dtype=torch.bool), vanilla)
         active = injection if int(first * plan.steps) <= i <= int(last * plan.steps) else None
         control = Consistent(plan.token_weights, 4, sharing, active, 2)
-        unconditional, conditional = plan.unet(sample, t, plan.cond, control, config.freeu).chunk(2)
-        x = ddim.step(unconditional + plan.guidance * (conditional - unconditional), t, x).prev_sample
-        history.append(sum(control.cross_maps) / len(control.cross_maps))
+        unconditional, conditional = plan.unet(sample, t, plan.cond, control, config.freeu).float().chunk(2)
+        eps = unconditional + plan.guidance * (conditional - unconditional)
+        x = ddim.step(x, eps, alpha_bars[t], ddim.alpha_bar_after(plan.schedule, plan.steps, t))
+        history.append(average_maps(control.cross_maps))
         assert control.dift is not None
         features.append(control.dift)
     return x, masks(), features
@@ -185,10 +195,10 @@ def test_vanilla_is_plain_sampling_with_guidance(unet: UNet) -> None:
     plan = make_plan(unet, VANILLA)
     x = noise(plan)
     actual = tell(plan, x)
-    ddim = scheduler(plan.steps)
-    for t in ddim.timesteps:
-        unconditional, conditional = unet(torch.cat([x, x]), t, plan.cond).chunk(2)
-        x = ddim.step(unconditional + 3.0 * (conditional - unconditional), t, x).prev_sample
+    oracle = scheduler(plan.steps)
+    for t in oracle.timesteps:
+        unconditional, conditional = unet(torch.cat([x, x]).double(), t, plan.cond).float().chunk(2)
+        x = oracle.step(unconditional + 3.0 * (conditional - unconditional), t, x).prev_sample
     assert relative_error(actual.latents, x) <= 1e-6
     assert actual.masks == {}
     assert actual.nearest == {}
