@@ -104,6 +104,26 @@ def masked_sdpa(a: Attention) -> Call:
     return lambda: packed.attend_masked(a.q, a.k, a.v, a.k[:, : a.anchors], a.v[:, : a.anchors], a.key_mask, a.share)
 
 
+def batch_masked_sdpa(a: Attention) -> Call:
+    """What one would write with SDPA alone: every image attends to the whole batch, under a mask. N P keys a query."""
+    halves, images, _, patches, _ = a.q.shape
+    mask = torch.eye(images, dtype=torch.bool, device=a.q.device)[:, :, None].repeat(1, 1, patches)
+    mask[:, : a.anchors] |= a.reads
+
+    def everyone(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(1, 2).expand(images, -1, -1, -1)
+
+    def call() -> Tensor:
+        return torch.stack([
+            F.scaled_dot_product_attention(
+                a.q[half], everyone(a.k[half]), everyone(a.v[half]), mask.flatten(1)[:, None, None]
+            )
+            for half in range(halves)
+        ])
+
+    return call
+
+
 def image_loop(a: Attention) -> Call:
     """What one would write first: for every image, gather its keys and attend."""
 
@@ -312,6 +332,7 @@ CONTENDERS: dict[str, Contenders] = {
         "fused": fused_attention,
         "packed": packed_attention,
         "SDPA + mask": masked_sdpa,
+        "SDPA + batch mask": batch_masked_sdpa,
         "image loop": image_loop,
         "varlen": varlen,
         "FlexAttention": flex,
