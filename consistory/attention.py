@@ -35,6 +35,9 @@ Prompt = Tensor | Mapping[Site, tuple[Tensor, Tensor]]
 class AttentionControl:
     """Plain SDXL attention. Shapes: B = 2 N samples (unconditional half first), H heads, P patches, T tokens."""
 
+    def self_input(self, x: Tensor, site: Site) -> None:
+        """Sees what a self-attention layer makes its queries, keys and values of: [B, P, C]."""
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """q, k, v and the result [B, H, P, d]."""
         return F.scaled_dot_product_attention(q, k, v)
@@ -110,6 +113,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, prompt: Prompt, control: AttentionControl) -> Tensor:
         y = self.norm1(x)
+        control.self_input(y, self.site)
         heads = control.self_attention(self.attn1.queries(y), *self.attn1.keys_values(y), self.site)
         x = x + control.self_output(self.attn1.output(heads), self.site)
         k, v = self.attn2.keys_values(prompt) if isinstance(prompt, Tensor) else prompt[self.site]

@@ -44,7 +44,7 @@ examples:
 
   consistory "a cat" --settings "on the beach" "in the snow" --out first --save-subject cat.safetensors
   consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
-      more pictures of the same cat, later
+      more pictures of the same cat, later; with --record in the first line, without drawing its pictures again
 
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata."""
@@ -58,8 +58,9 @@ PRESETS: dict[str, Callable[[], ConsistoryConfig]] = {
 
 
 EXTEND = """\
-Draw more pictures of a subject that `consistory SUBJECT ... --save-subject FILE` has kept. Its first pictures, the
-anchors, are drawn again along with the new ones, which come out as if all had been drawn together."""
+Draw more pictures of a subject that `consistory SUBJECT ... --save-subject FILE` has kept. They come out as if all had
+been drawn together. Unless the subject was kept with --record, its first pictures, the anchors, are drawn again along
+with the new ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(args: argparse.Namespace) -> Story:
     """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
+    if args.record and args.save_subject is None:
+        raise ConsistoryError("--record needs a file to record to: name it with --save-subject")
     if args.save_subject is not None:
         check_can_save(args.save_subject.absolute().parent)
     with told_if_out_of_memory():
@@ -104,9 +107,10 @@ def draw(args: argparse.Namespace) -> Story:
                 width=args.width,
                 height=args.height,
                 config=method(args),
+                record=args.save_subject if args.record else None,
                 on_step=on_step,
             )
-    if args.save_subject is not None:
+    if args.save_subject is not None and not args.record:
         story.subject.save(args.save_subject)
     return story
 
@@ -221,6 +225,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--save-subject", metavar="FILE", type=Path,
         help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
+    )
+    output.add_argument(
+        "--record", action="store_true",
+        help="keep in that file all that new pictures need of the first ones, so that these are not drawn again: some "
+        "gigabytes for SDXL (default: they are drawn again)",
     )
     add_model(parser)
 

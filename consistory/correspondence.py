@@ -31,14 +31,19 @@ def smooth(features: Tensor) -> Tensor:
     return F.conv2d(features, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
 
 
-def nearest_patches(dift: Tensor, size: Size, subject_mask: Tensor, anchors: int) -> Nearest:
+def nearest_patches(
+    dift: Tensor, size: Size, subject_mask: Tensor, anchors: int, anchor_dift: Tensor | None = None
+) -> Nearest:
     """Eqs. 8-9: match every image's patches with the subject patches of every anchor.
 
     dift: [N, C, h, w] smoothed features. size: height and width in patches of the resolution to match at.
     subject_mask: bool [N, P]; an anchor's patches outside its mask count as distance 2, the largest there is.
     An anchor is never its own source: its distances to itself are infinite.
+    anchor_dift: [A, C, h, w] of recorded anchors, none of which is among the images; then subject_mask is theirs.
     """
     features = patches(F.interpolate(dift, size, mode="bilinear"))
+    if anchor_dift is not None:
+        return Nearest(*match(features, patches(F.interpolate(anchor_dift, size, mode="bilinear")), subject_mask))
     index, distance = match(features, features[:anchors], subject_mask[:anchors])
     own = torch.eye(len(dift), anchors, dtype=torch.bool, device=dift.device)
     return Nearest(index, distance.masked_fill(own[..., None], torch.inf))

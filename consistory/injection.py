@@ -26,9 +26,12 @@ class Injection:
     alpha: float
     anchors: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Eq. 6 on the conditional images' x_out [N, P, C]: alpha x_source + (1 - alpha) x, anchors first, in order."""
-        return inject(x, self.index, self.anchor, self.mask, self.alpha, self.anchors)
+    def __call__(self, x: Tensor, anchor_x: Tensor | None = None) -> Tensor:
+        """Eq. 6 on the conditional images' x_out [N, P, C]: alpha x_source + (1 - alpha) x, anchors first, in order.
+
+        anchor_x: [A, P, C] of recorded anchors, none of which is among the images.
+        """
+        return inject(x, self.index, self.anchor, self.mask, self.alpha, self.anchors, anchor_x)
 
 
 def plan_injection(nearest: Nearest, subject_mask: Tensor, alpha: float) -> Injection:

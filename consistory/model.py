@@ -31,6 +31,7 @@ from .arguments import (
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
+from .recording import Recorded, Recorder
 from .story import OnStep, Plan, tell
 from .subject import Recipe, Subject
 from .text import TextEncoder
@@ -190,6 +191,7 @@ class ConsiStory:
         height: int | None = None,
         latents: Tensor | None = None,
         config: ConsistoryConfig | None = None,
+        record: str | Path | None = None,
         on_step: OnStep = lambda done, total: None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
@@ -201,6 +203,8 @@ class ConsiStory:
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
         config: the method's settings; by default `ConsistoryConfig()`.
+        record: a file for all that later pictures need of the anchors, so that these need not be drawn again; see
+            `Subject`.
         on_step: called as on_step(done, total) after every denoising step.
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
@@ -214,34 +218,59 @@ class ConsiStory:
         check_sampling(steps, self.schedule, guidance)
         seeds = expand_seeds(seed, images)
         concepts = self._concepts(concepts, subject, config)
-        token_weights = self._token_weights(prompts, concepts)
-        stride = self.vae.config.stride
-        size = height // stride, width // stride
-        if latents is None:
-            latents = initial_noise(seeds, (self.unet.config.channels, *size))
-        check_latents(latents, (images, self.unet.config.channels, *size))
-
-        plan = Plan(
-            unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
-            token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
-            seed=seeds[0], latent_size=size,
-        )
-        told = tell(plan, latents.to(self.device, torch.float32), on_step)
-        settings_used = {
-            "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
-            "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
-            "config": asdict(config),
-        }
+        shape = self.latent_shape(height, width)
+        given = latents is not None
+        latents = initial_noise(seeds, shape) if latents is None else latents
+        check_latents(latents, (images, *shape))
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
             next_seed=max(seeds) + 1, config=config,
         )
-        masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
-        return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+        kept = Subject(self, recipe, {}, latents[:anchors].clone() if given else None)
+        if record is None:
+            return self.draw(kept, prompts, seeds, latents, on_step=on_step)
+        with kept.recording(record) as recorder:
+            story = self.draw(kept, prompts, seeds, latents, recorder=recorder, on_step=on_step)
+        return replace(story, subject=replace(story.subject, recorded=Recorded(record, self.unet)))
+
+    @torch.inference_mode()
+    def draw(
+        self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, *,
+        recorder: Recorder | None = None, on_step: OnStep = lambda done, total: None,
+    ) -> Story:
+        """A story of a subject: its anchors first, or, where they are recorded, other pictures alone.
+
+        What `__call__` and `Subject.extend` share. prompts, seeds, latents [N, 4, h, w]: of every picture to draw.
+        Raises ConsistoryError if a prompt lacks a concept.
+        """
+        recipe = subject.recipe
+        token_weights = self._token_weights(prompts, recipe.concepts)
+        latent_size = self.latent_shape(recipe.height, recipe.width)[1:]
+        plan = Plan(
+            unet=self.unet, schedule=self.schedule,
+            cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width),
+            token_weights=token_weights, config=recipe.config, steps=recipe.steps, guidance=recipe.guidance,
+            anchors=len(recipe.prompts), seed=recipe.seeds[0], latent_size=latent_size, recorded=subject.recorded,
+            recorder=recorder,
         )
+        told = tell(plan, latents.to(self.device, torch.float32), on_step)
+        settings = {
+            "model": self.name, "steps": recipe.steps, "guidance": recipe.guidance,
+            "negative_prompt": recipe.negative_prompt, "anchors": plan.anchors, "width": recipe.width,
+            "height": recipe.height, "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
+        }
+        if subject.recorded is None:
+            subject = replace(subject, masks={stride: mask[: plan.anchors] for stride, mask in told.masks.items()})
+        return Story(
+            images=self.decode(told.latents), prompts=prompts, concepts=recipe.concepts, seeds=seeds, settings=settings,
+            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=subject,
+        )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of so many pixels."""
+        stride = self.vae.config.stride
+        return self.unet.config.channels, height // stride, width // stride
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""

@@ -14,6 +14,7 @@ from consistory.kernels.extended_attention import extended_attention
 
 from .attention import AttentionControl, Site
 from .injection import Injection
+from .recording import CallRecorder, RecordedCall
 
 
 class RecordQueries(AttentionControl):
@@ -50,6 +51,8 @@ class Consistent(AttentionControl):
     map_stride: stride of the cross-attention layers that tell where the subject is: the coarsest attended.
     sharing: subject-driven self-attention in the decoder, or None.
     injection: feature injection at stride `injection_stride`, or None.
+    recorded: the anchors, if they are not among the N images.
+    recorder: writes down what later images will need of the anchors that are, or None.
     """
 
     token_weights: Tensor
@@ -57,17 +60,25 @@ class Consistent(AttentionControl):
     sharing: Sharing | None = None
     injection: Injection | None = None
     injection_stride: int = 0
+    recorded: RecordedCall | None = None
+    recorder: CallRecorder | None = None
     cross_maps: list[Tensor] = field(default_factory=list)  # one [N, P, K] per layer, recorded during the call
     dift: Tensor | None = None  # [N, C, h, w], recorded during the call
+
+    def self_input(self, x: Tensor, site: Site) -> None:
+        if self.recorder is not None and self.sharing is not None and site.part == "decoder":
+            self.recorder.input(rearrange(x, "(g n) p c -> g n p c", g=2), site)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Eqs. 2-3: queries of image i see its own patches and the subject patches of every anchor it reads."""
         if self.sharing is None or site.part != "decoder":
             return super().self_attention(q, k, v, site)
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
+        anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded is not None else (None, None)
         out = extended_attention(
-            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, q_blend=self._vanilla_queries(site)
-        )
+            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, anchor_k=anchor_k, anchor_v=anchor_v,
+            q_blend=self._vanilla_queries(site),
+        )  # fmt: skip
         return rearrange(out, "g n h p d -> (g n) h p d")
 
     def _vanilla_queries(self, site: Site) -> tuple[Tensor, float] | None:
@@ -91,7 +102,10 @@ class Consistent(AttentionControl):
         if self.injection is None or site.stride != self.injection_stride or site.part == "mid":
             return x
         unconditional, conditional = x.chunk(2)
-        return torch.cat([unconditional, self.injection(conditional)])
+        conditional = self.injection(conditional, self.recorded and self.recorded.output(site))
+        if self.recorder is not None:
+            self.recorder.output(conditional, site)
+        return torch.cat([unconditional, conditional])
 
     def decoder_features(self, x: Tensor, index: int) -> None:
         """DIFT features are the first decoder block's output for the conditional images."""

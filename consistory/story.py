@@ -20,6 +20,7 @@ from .config import ConsistoryConfig, ScheduleConfig
 from .correspondence import Nearest, nearest_patches, smooth
 from .injection import Injection, plan_injection
 from .masks import Size, average_maps, draw_dropout, subject_masks
+from .recording import Call, Recorded, RecordedCall, Recorder
 from .sdsa import Consistent, RecordQueries, Sharing
 from .unet import Conditioning, UNet
 
@@ -32,6 +33,8 @@ class Plan:
 
     cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
+    recorded: the A anchors if they were drawn before; then none of the N images is one.
+    recorder: writes down what later images will need of the anchors.
     """
 
     unet: UNet
@@ -44,6 +47,8 @@ class Plan:
     anchors: int
     seed: int
     latent_size: Size
+    recorded: Recorded | None = None
+    recorder: Recorder | None = None
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -68,8 +73,10 @@ class Plan:
     @cached_property
     def share(self) -> Tensor:
         """bool [N, A]: every image reads every anchor but itself."""
-        n = len(self.token_weights)
-        return ~torch.eye(n, self.anchors, dtype=torch.bool, device=self.token_weights.device)
+        n, device = len(self.token_weights), self.token_weights.device
+        if self.recorded is not None:
+            return torch.ones(n, self.anchors, dtype=torch.bool, device=device)
+        return ~torch.eye(n, self.anchors, dtype=torch.bool, device=device)
 
     @cached_property
     def kept_keys(self) -> dict[int, Tensor]:
@@ -131,8 +138,7 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
 
     # Correspondence (§4.3)
     assert dift is not None
-    dift = smooth(dift.float())
-    nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
+    nearest = correspondences(plan, dift, masks)
     finest = plan.unet.strides[0]
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
 
@@ -148,7 +154,7 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
     while state.step < stop:
         t = plan.timesteps[state.step]
         active = injection if state.step in plan.injection_steps else None
-        output, control = guided_output(plan, state, active)
+        output, control = guided_output(plan, state, active, call=(1 if injection is None else 2, state.step))
         alpha_bar_next = ddim.alpha_bar_after(plan.schedule, plan.steps, t)
         x = ddim.step(state.x, output, alpha_bars[t], alpha_bar_next, plan.schedule.prediction)
         cross_maps = state.cross_maps
@@ -159,11 +165,15 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         yield state
 
 
-def guided_output(plan: Plan, state: State, injection: Injection | None) -> tuple[Tensor, Consistent]:
+def guided_output(plan: Plan, state: State, injection: Injection | None, call: Call) -> tuple[Tensor, Consistent]:
     """One consistent call with guidance: the predicted noise (or v) [N, 4, h, w], and the control with its records."""
     x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
-    sharing = plan_sharing(plan, state)
-    control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
+    recorded = plan.recorded and plan.recorded.call(call)
+    sharing = plan_sharing(plan, state, recorded)
+    recorder = plan.recorder and plan.recorder.call(call, sharing.key_masks if sharing else {})
+    control = Consistent(
+        plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0], recorded, recorder
+    )
     encoded = plan.unet.encode(x, t, plan.cond, control)
     if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
@@ -174,14 +184,30 @@ def guided_output(plan: Plan, state: State, injection: Injection | None) -> tupl
     return unconditional + plan.guidance * (conditional - unconditional), control
 
 
-def plan_sharing(plan: Plan, state: State) -> Sharing | None:
+def plan_sharing(plan: Plan, state: State, recorded: RecordedCall | None) -> Sharing | None:
     """Who reads what at this step. Step 0 has no mask yet and is plain."""
     if not plan.config.sdsa or state.step == 0:
         return None
-    masks = current_masks(plan, state)
-    key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
+    if recorded is not None:
+        key_masks = recorded.key_masks
+    else:
+        masks = current_masks(plan, state)
+        key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
     weight = blend_weight(plan.config, state.step, plan.steps)
     return Sharing(key_masks, plan.share, None if weight is None else (state.vanilla, weight))
+
+
+def correspondences(plan: Plan, dift: Tensor, masks: Masks) -> dict[int, Nearest]:
+    """The anchor patches that show what each patch shows, per stride, by features dift [N, C, h, w] (§4.3)."""
+    anchor_dift, anchor_masks = None, masks
+    if plan.recorded is not None:
+        anchor_dift, anchor_masks = smooth(plan.recorded.dift.float()), plan.recorded.masks
+    if plan.recorder is not None:
+        plan.recorder.subject(dift[: plan.anchors], {s: mask[: plan.anchors] for s, mask in masks.items()})
+    dift = smooth(dift.float())
+    return {
+        s: nearest_patches(dift, size, anchor_masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()
+    }
 
 
 def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:

@@ -1,34 +1,36 @@
-"""A subject that lasts (§4.4): anchors are kept as a recipe, and new pictures of the same subject join them later.
+"""A subject that lasts (§4.4): its anchors are kept, and new pictures of the same subject join them later.
 
-Nothing flows from other pictures to an anchor, so running the anchors again together with new pictures gives what one
-large story would have given.
+They are kept in one of two grades, a recipe or a recording. Nothing flows from other pictures to an anchor, so running
+the anchors again together with new pictures gives what one large story would have given. So does recording, while the
+anchors are drawn, what other pictures need of them (`consistory.recording`), and running the new pictures alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_prompts, compose_prompts, expand_seeds
+from .arguments import check_latents, check_prompts, compose_prompts, expand_seeds, initial_noise
 from .config import ConsistoryConfig
+from .recording import Recorded, Recorder, most_tensors
 from .story import OnStep
+from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
     from .model import ConsiStory, Story
 
-FORMAT = "consistory subject 1"
+FORMAT = "consistory subject 2"
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Subject:
-    """Anchors and the model that drew them. masks: {stride: bool [A, P]} where the subject is in the anchors."""
+    """Anchors and the model that drew them.
+
+    masks: {stride: bool [A, P]} where the subject is in the anchors.
+    latents: [A, 4, h, w] their noise, if it was given outright and not by their seeds.
+    recorded: what other pictures need of the anchors, if it was recorded; without it the anchors are run again.
+    """
 
     pipe: ConsiStory
     recipe: Recipe
     masks: Mapping[int, Tensor]
+    latents: Tensor | None = None
+    recorded: Recorded | None = None
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
-        seed: int | Sequence[int] | None = None, chunk: int | None = None,
+        seed: int | Sequence[int] | None = None, latents: Tensor | None = None, chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
     ) -> Story:
-        """New pictures of the subject, one for each setting or whole prompt; the anchors are run along with them.
+        """New pictures of the subject, one for each setting or whole prompt; anchors are run along if not recorded.
 
-        seed: as for a story; by default the seeds go on after those used so far.
+        seed: as for a story; by default the seeds go on after those used so far. `latents` [N, 4, h, w] are noise
+            given outright.
         chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
 
         Raises ConsistoryError, before any work, if the arguments do not fit.
@@ -77,6 +87,9 @@ class Subject:
         prompts = list(prompts) if prompts is not None else compose_prompts(recipe.subject, settings, recipe.style)
         check_prompts(prompts)
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
+        shape = self.pipe.latent_shape(recipe.height, recipe.width)
+        noise = initial_noise(seeds, shape) if latents is None else latents
+        check_latents(noise, (len(prompts), *shape))
         if chunk is not None and chunk < 1:
             raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
         size = chunk or len(prompts)
@@ -86,55 +99,97 @@ class Subject:
             def on_part(done: int, total: int) -> None:
                 on_step(number * total + done, len(starts) * total)
 
-            return self._extend(prompts[start : start + size], seeds[start : start + size], on_part)
+            new = slice(start, start + size)
+            return self._extend(prompts[new], seeds[new], noise[new], on_part)
 
         first, *others = [part(number, start) for number, start in enumerate(starts)]
         return first.join(others)
 
-    def _extend(self, prompts: list[str], seeds: list[int], on_step: OnStep) -> Story:
-        recipe = self.recipe
-        together = self.pipe(
-            prompts=recipe.prompts + prompts, seed=recipe.seeds + seeds, concepts=recipe.concepts,
-            subject=recipe.subject, style=recipe.style, steps=recipe.steps, guidance=recipe.guidance,
-            negative_prompt=recipe.negative_prompt, anchors=len(recipe.prompts), width=recipe.width,
-            height=recipe.height, config=recipe.config, on_step=on_step,
-        )
+    def _extend(self, prompts: list[str], seeds: list[int], latents: Tensor, on_step: OnStep) -> Story:
+        recipe = replace(self.recipe, next_seed=max(self.recipe.next_seed, max(seeds) + 1))
+        subject = replace(self, recipe=recipe)
+        if self.recorded is not None:
+            return self.pipe.draw(subject, prompts, seeds, latents, on_step=on_step)
+        noise = torch.cat([self._noise().to(latents), latents])
+        together = self.pipe.draw(subject, recipe.prompts + prompts, recipe.seeds + seeds, noise, on_step=on_step)
         return together.select(slice(len(recipe.prompts), None))
 
+    def _noise(self) -> Tensor:
+        """The anchors', [A, 4, h, w]."""
+        if self.latents is not None:
+            return self.latents
+        return initial_noise(self.recipe.seeds, self.pipe.latent_shape(self.recipe.height, self.recipe.width))
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically. Raises ConsistoryError if it cannot be written."""
-        path = Path(path)
-        tensors = {f"masks.{stride}": mask.cpu().contiguous() for stride, mask in self.masks.items()}
+        """Write the recipe and the masks to one safetensors file, atomically: some kilobytes.
+
+        Features would be of no use without the rest that `record` writes, and much larger.
+        Raises ConsistoryError if the file cannot be written, or is the subject's own recording.
+        """
+        if self.recorded is not None and self.recorded.path == Path(path).resolve():
+            raise ConsistoryError(f"{path} is the recording, and a recipe would replace it: choose another name")
+        with self._file(path, "recipe", len(self.masks)) as file:
+            for stride, mask in self.masks.items():
+                file.write(f"masks.{stride}", mask)
+
+    def record(self, path: str | Path, *, on_step: OnStep = lambda done, total: None) -> Subject:
+        """Run the anchors and write all that other pictures need of them to one safetensors file, atomically.
+
+        Returns the subject with the recording, from which it can be extended without running the anchors again.
+        Raises ConsistoryError if the file cannot be written. For the size see `consistory.recording`.
+        """
+        again, recipe = replace(self, recorded=None), self.recipe
+        with again.recording(path) as recorder:
+            story = self.pipe.draw(
+                again, recipe.prompts, recipe.seeds, self._noise(), recorder=recorder, on_step=on_step
+            )
+        return replace(story.subject, recorded=Recorded(path, self.pipe.unet))
+
+    @contextmanager
+    def recording(self, path: str | Path) -> Iterator[Recorder]:
+        """For a story to write to while the anchors are drawn. The file is there once it is whole."""
+        with self._file(path, "recording", most_tensors(self.pipe.unet, self.recipe.steps)) as file:
+            yield Recorder(file)
+
+    @contextmanager
+    def _file(self, path: str | Path, grade: str, tensors: int) -> Iterator[TensorFile]:
         metadata = {
-            "format": FORMAT, "recipe": json.dumps(asdict(self.recipe)), "model": fingerprint(self.pipe.unet),
+            "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)),
+            "model": fingerprint(self.pipe.unet),
         }
-        part = path.with_name(f".{path.name}.part")
-        try:
-            save_file(tensors or {"masks": torch.zeros(0, dtype=torch.bool)}, part, metadata)
-            os.replace(part, path)
-        except OSError as error:
-            raise ConsistoryError(f"{path} cannot be written ({error.strerror}): choose another name") from None
-        finally:
-            part.unlink(missing_ok=True)
+        with TensorFile(path, metadata, tensors + 1) as file:
+            if self.latents is not None:
+                file.write("latents", self.latents.float())
+            yield file
 
     @classmethod
     def load(cls, path: str | Path, pipe: ConsiStory) -> Subject:
-        """Read what `save` wrote. Raises ConsistoryError for another kind of file, or one that another model made."""
+        """Read what `save` or `record` wrote: the whole file once, to see whether it is damaged.
+
+        Raises ConsistoryError for another kind of file, a damaged one, or one that another model made.
+        """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise ConsistoryError(f"there is no file {path}: check the name") from None
         except (OSError, SafetensorError) as error:
             raise ConsistoryError(f"{path} is not a whole subject file ({error}): save the subject again") from None
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
-        if metadata["model"] != fingerprint(pipe.unet):
+        if metadata.get("model") != fingerprint(pipe.unet):
             raise ConsistoryError(f"{path} was made with another model than {pipe.name}: load the one it was made with")
-        masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items() if key.startswith("masks.")}
+        if not is_intact(path):
+            raise ConsistoryError(f"{path} is damaged: save the subject again")
+        with safe_open(path, "pt") as file:
+            kept = [key for key in file.keys() if key == "latents" or key.startswith("masks.")]  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in kept}
+        latents = tensors.pop("latents", None)
+        masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items()}
         recipe = json.loads(metadata["recipe"])
-        return cls(pipe, Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])}), masks)
+        recipe = Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])})
+        recorded = Recorded(path, pipe.unet) if metadata["grade"] == "recording" else None
+        return cls(pipe, recipe, masks, latents, recorded)
 
 
 def fingerprint(module: nn.Module) -> str:
