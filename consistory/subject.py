@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ class Recipe:
     height: int
     next_seed: int
     config: ConsistoryConfig
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Subject:
             prompts=recipe.prompts + prompts, seed=recipe.seeds + seeds, concepts=recipe.concepts,
             subject=recipe.subject, style=recipe.style, steps=recipe.steps, guidance=recipe.guidance,
             negative_prompt=recipe.negative_prompt, anchors=len(recipe.prompts), width=recipe.width,
-            height=recipe.height, config=recipe.config, on_step=on_step,
+            height=recipe.height, config=recipe.config, clip_skip=recipe.clip_skip, on_step=on_step,
         )
         return together.select(slice(len(recipe.prompts), None))
 
@@ -106,7 +107,7 @@ class Subject:
         path = Path(path)
         tensors = {f"masks.{stride}": mask.cpu().contiguous() for stride, mask in self.masks.items()}
         metadata = {
-            "format": FORMAT, "recipe": json.dumps(asdict(self.recipe)), "model": fingerprint(self.pipe.unet),
+            "format": FORMAT, "recipe": json.dumps(asdict(self.recipe)), "model": identity(self.pipe),
         }
         part = path.with_name(f".{path.name}.part")
         try:
@@ -130,17 +131,32 @@ class Subject:
             raise ConsistoryError(f"{path} is not a whole subject file ({error}): save the subject again") from None
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
-        if metadata["model"] != fingerprint(pipe.unet):
-            raise ConsistoryError(f"{path} was made with another model than {pipe.name}: load the one it was made with")
+        if metadata["model"] != identity(pipe):
+            other = f"another model than {pipe.name}, or other LoRAs"
+            raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
         masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items() if key.startswith("masks.")}
         recipe = json.loads(metadata["recipe"])
         return cls(pipe, Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])}), masks)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Tells models apart by the signs of every parameter's first values, which do not depend on the precision."""
+def identity(pipe: ConsiStory) -> str:
+    """Tells models apart: the UNet's fingerprint, then the content and the weight of every LoRA that is merged into it.
+
+    A LoRA may turn no sign at all, and others with every rounding: the parameters that it changes are left out.
+    """
+    changed = {name for lora in pipe.loras for name in lora.updates["unet"]}
+    return " ".join([fingerprint(pipe.unet, changed), *sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)])
+
+
+def fingerprint(module: nn.Module, without: Collection[str] = ()) -> str:
+    """Of the signs of every parameter's first values, which do not depend on the precision.
+
+    without: parameters that do not count.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
+        if name in without:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(bytes(parameter.flatten()[:64].signbit().tolist()))
     return digest.hexdigest()
