@@ -82,7 +82,7 @@ class Update:
         down, up = self.down(), self.up()
         if not (is_finite(down) and is_finite(up)):
             raise ConsistoryError(f"{self.label} holds NaN or infinity: download the LoRA again")
-        weight, down, up = (x.float().flatten(1) for x in (parameter, down, up))
+        weight, down, up = (x.float().reshape(len(x), -1) for x in (parameter, down, up))
         if (len(up), down.shape[1]) != weight.shape:
             shapes = f"{len(up)} x {down.shape[1]}, not {len(weight)} x {weight.shape[1]}"
             raise ConsistoryError(f"{self.label} is {shapes}, so made for another model: give a LoRA of this one")
