@@ -27,7 +27,7 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
 def check_list(name: str, value: Sequence[object]) -> None:
     """Raises ConsistoryError for a single string, whose letters would otherwise be taken for a list."""
     if isinstance(value, str):
-        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of strings")
+        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of them")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
