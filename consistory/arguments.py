@@ -24,10 +24,10 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
     return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
 
 
-def check_list(name: str, value: Sequence[str]) -> None:
+def check_list(name: str, value: Sequence[object]) -> None:
     """Raises ConsistoryError for a single string, whose letters would otherwise be taken for a list."""
     if isinstance(value, str):
-        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of strings")
+        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of them")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -61,6 +61,12 @@ def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> Non
         raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
     if not np.isfinite(guidance):
         raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
+
+
+def check_clip_skip(clip_skip: int, layers: int) -> None:
+    """Raises ConsistoryError for more layers to skip than the smaller text encoder has, besides its last."""
+    if not 0 <= clip_skip < layers:
+        raise ConsistoryError(f"clip_skip {clip_skip} is out of range: use 0 to {layers - 1}, commonly 0 or 1")
 
 
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ def draw(args: argparse.Namespace) -> Story:
                 steps=args.steps,
                 guidance=args.guidance,
                 negative_prompt=args.negative,
+                clip_skip=args.clip_skip,
                 anchors=args.anchors,
                 width=args.width,
                 height=args.height,
@@ -141,11 +143,14 @@ def load(args: argparse.Namespace) -> ConsiStory:
 
     from .model import ConsiStory
 
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
+    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
     if args.single_file is not None:
-        return ConsiStory.from_single_file(args.single_file, device=device, dtype=dtype)
-    return ConsiStory.from_pretrained(args.model, device=device, dtype=dtype, variant=args.variant)
+        return ConsiStory.from_single_file(args.single_file, **options)
+    return ConsiStory.from_pretrained(args.model, variant=args.variant, **options)
 
 
 def method(args: argparse.Namespace) -> ConsistoryConfig:
@@ -240,6 +245,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     sampling.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
     sampling.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the prompt (default: 5)")
+    sampling.add_argument(
+        "--clip-skip", type=int, default=0, metavar="K",
+        help="layers of the text encoders to leave out, besides the last one, which SDXL never uses (default: 0)",
+    )
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
 
@@ -302,14 +311,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     source = model.add_mutually_exclusive_group()
     source.add_argument(
         "--model", default="sprites",
-        help="a folder in the diffusers layout, or sprites, the embedded 64-pixel cartoons (default: sprites)",
+        help="a folder in the diffusers layout, a name of the Hugging Face hub such as "
+        "stabilityai/stable-diffusion-xl-base-1.0, or sprites, the embedded 64-pixel cartoons (default: sprites)",
     )
     source.add_argument("--single-file", metavar="PATH", help="an SDXL checkpoint in one .safetensors file")
     model.add_argument("--variant", help="which of a folder's weights to take, such as fp16 (default: the plain ones)")
+    model.add_argument(
+        "--vae", metavar="PATH",
+        help="another autoencoder: a .safetensors file, a folder, or a name of the hub (default: the model's own)",
+    )
+    model.add_argument(
+        "--lora", metavar="FILE[:WEIGHT]", type=file_and_weight, action="append", default=[],
+        help="a LoRA to merge into the model, in a .safetensors file; repeat it for several (default weight: 1)",
+    )
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, float32 elsewhere"
     )
+
+
+def file_and_weight(text: str) -> tuple[str, float]:
+    """ "a.safetensors:0.8" -> the file and 0.8. What follows the last colon is a weight if it is a number, else 1."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def probability(text: str) -> float:

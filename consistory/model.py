@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import consistory.weights
-from consistory.weights import loading
+from consistory.weights import hub, loading, lora
 from consistory.weights.errors import ConsistoryError
 
 from .arguments import (
     check_anchors,
+    check_clip_skip,
     check_latents,
     check_list,
     check_prompts,
@@ -40,6 +41,8 @@ from .unet import Conditioning, UNet
 from .vae import VAE
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
+
+LoRAs = Sequence[str | Path | tuple[str | Path, float]]  # files, with weights other than 1
 
 
 @dataclass(frozen=True)
@@ -107,44 +110,67 @@ class ConsiStory:
     vae: VAE
     schedule: ScheduleConfig
     zero_negative: bool  # without a negative prompt, the unconditional context and pooled state are zeros
+    other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
+    loras: tuple[lora.LoRA, ...] = ()  # what is merged into the weights
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
+        variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (),
     ) -> ConsiStory:
-        """Load "sprites" (the embedded model), or a folder in the diffusers layout.
+        """Load "sprites" (the embedded model), a folder in the diffusers layout, or a model of the Hugging Face hub.
 
+        name: "owner/model", unless there is such a folder, is of the hub: taken from its cache, downloaded if need be.
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
-        Raises ConsistoryError for a missing, damaged or unsuitable checkpoint and for an unknown device.
+        vae: another autoencoder than the checkpoint's own: a `.safetensors` file, a folder, or a name of the hub.
+        loras: `.safetensors` files to merge into the weights; a pair (file, weight) for another weight than 1.
+        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
         """
+        device = usable_device(device)
         folder = SPRITES if str(name) == "sprites" else Path(name)
+        if hub.is_id(name):
+            folder = hub.checkpoint_folder(str(name), variant)
         index = loading.read_model_index(folder)
         parts = {part: loading.folder_component(folder, part, variant) for part in loading.COMPONENTS}
+        if vae is not None:
+            parts["vae"] = _vae_component(vae, parts["vae"][0])
         schedule = loading.read_json(folder / "scheduler" / "scheduler_config.json")
         tokenizers = Tokenizer.from_folder(folder / "tokenizer"), Tokenizer.from_folder(folder / "tokenizer_2")
-        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype)
+        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, vae, loras)
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        vae: str | Path | None = None, loras: LoRAs = (),
     ) -> ConsiStory:
         """Load an SDXL checkpoint in the original layout, one `.safetensors` file.
 
-        Raises ConsistoryError for a missing, damaged or unsuitable checkpoint and for an unknown device.
+        vae, loras: as for `from_pretrained`; with a VAE given, the file need not hold one.
+        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
         """
+        device = usable_device(device)
         configs = loading.sdxl_configs()
-        parts = loading.single_file_components(Path(path), configs)
+        parts = loading.single_file_components(Path(path), configs, optional=() if vae is None else ("vae",))
+        if vae is not None:
+            parts["vae"] = _vae_component(vae, configs["vae"])
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
         schedule = loading.single_file_schedule(Path(path), configs["scheduler"])
-        return cls._assemble(str(path), tokenizers, parts, schedule, configs["model_index"], device, dtype)
+        return cls._assemble(str(path), tokenizers, parts, schedule, configs["model_index"], device, dtype, vae, loras)
 
     @classmethod
     def _assemble(
         cls, name: str, tokenizers: tuple[Tokenizer, Tokenizer], parts: dict[str, loading.Component],
-        schedule: loading.Json, index: loading.Json, device: str | torch.device, dtype: torch.dtype,
+        schedule: loading.Json, index: loading.Json, device: torch.device, dtype: torch.dtype,
+        vae: str | Path | None, loras: LoRAs,
     ) -> ConsiStory:
-        device = usable_device(device)
+        unet, autoencoder = parts["unet"][0], parts["vae"][0]
+        if unet["in_channels"] != autoencoder["latent_channels"]:
+            channels = f'a UNet of {unet["in_channels"]} channels for latents of {autoencoder["latent_channels"]}'
+            raise ConsistoryError(f"{name} is no SDXL base checkpoint ({channels}): it may be one for inpainting")
+        check_list("loras", loras)
+        pairs = [(one, 1.0) if isinstance(one, (str, Path)) else one for one in loras]
+        merged = tuple(lora.read(Path(path), weight, parts) for path, weight in pairs)
+        parts = lora.merge(parts, merged)
 
         def load(part: str, build: Callable[[Any], Any], dtype: torch.dtype = dtype) -> Any:
             config, tensors = parts[part]
@@ -163,6 +189,8 @@ class ConsiStory:
             vae=load("vae", lambda c: VAE(VAEConfig.from_json(c)), vae_dtype),
             schedule=ScheduleConfig.from_json(schedule),
             zero_negative=index.get("force_zeros_for_empty_prompt", True),
+            other_vae=None if vae is None else str(vae),
+            loras=merged,
         )
 
     @property
@@ -186,6 +214,7 @@ class ConsiStory:
         steps: int = 50,
         guidance: float = 5.0,
         negative_prompt: str | None = None,
+        clip_skip: int | None = None,
         anchors: int | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -200,6 +229,8 @@ class ConsiStory:
         concepts: words or phrases for the subject that every prompt contains; by default the subject's head noun.
         seed: noise of picture i is seeded with seed + i, or with the i-th of several seeds; `latents` [N, 4, h, w] are
             noise given outright.
+        clip_skip: layers of the text encoders to leave out besides the last one, which SDXL does without; as in
+            diffusers, of the prompts only, not of the negative prompt. By default 0.
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
         config: the method's settings; by default `ConsistoryConfig()`.
@@ -216,6 +247,8 @@ class ConsiStory:
         height, width = self._check_size(height, width)
         anchors = check_anchors(anchors, images)
         check_sampling(steps, self.schedule, guidance)
+        clip_skip = clip_skip or 0
+        check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
         seeds = expand_seeds(seed, images)
         concepts = self._concepts(concepts, subject, config)
         shape = self.latent_shape(height, width)
@@ -225,7 +258,7 @@ class ConsiStory:
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
-            next_seed=max(seeds) + 1, config=config,
+            next_seed=max(seeds) + 1, config=config, clip_skip=clip_skip,
         )
         kept = Subject(self, recipe, {}, latents[:anchors].clone() if given else None)
         if record is None:
@@ -249,16 +282,17 @@ class ConsiStory:
         latent_size = self.latent_shape(recipe.height, recipe.width)[1:]
         plan = Plan(
             unet=self.unet, schedule=self.schedule,
-            cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width),
+            cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width, recipe.clip_skip),
             token_weights=token_weights, config=recipe.config, steps=recipe.steps, guidance=recipe.guidance,
             anchors=len(recipe.prompts), seed=recipe.seeds[0], latent_size=latent_size, recorded=subject.recorded,
             recorder=recorder,
         )
         told = tell(plan, latents.to(self.device, torch.float32), on_step)
         settings = {
-            "model": self.name, "steps": recipe.steps, "guidance": recipe.guidance,
-            "negative_prompt": recipe.negative_prompt, "anchors": plan.anchors, "width": recipe.width,
-            "height": recipe.height, "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
+            "model": self.name, "vae": self.other_vae, "loras": [[str(file.path), file.weight] for file in self.loras],
+            "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
+            "clip_skip": recipe.clip_skip, "anchors": plan.anchors, "width": recipe.width, "height": recipe.height,
+            "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
         }
         if subject.recorded is None:
             subject = replace(subject, masks={stride: mask[: plan.anchors] for stride, mask in told.masks.items()})
@@ -272,10 +306,10 @@ class ConsiStory:
         stride = self.vae.config.stride
         return self.unet.config.channels, height // stride, width // stride
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
         ids = [tok.encode(prompts, warn=i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
-        (first, _), (second, pooled) = (encode(x) for encode, x in zip(self.text_encoders, ids, strict=True))
+        (first, _), (second, pooled) = (encode(x, clip_skip) for encode, x in zip(self.text_encoders, ids, strict=True))
         return torch.cat([first, second], dim=-1), pooled
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
@@ -290,9 +324,11 @@ class ConsiStory:
         pixels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
-    def _conditioning(self, prompts: list[str], negative_prompt: str | None, height: int, width: int) -> Conditioning:
+    def _conditioning(
+        self, prompts: list[str], negative_prompt: str | None, height: int, width: int, clip_skip: int
+    ) -> Conditioning:
         """Unconditional half, then conditional half: 2 N samples."""
-        context, pooled = self.encode_prompts(prompts)
+        context, pooled = self.encode_prompts(prompts, clip_skip)
         if negative_prompt is None and self.zero_negative:
             negative = torch.zeros_like(context), torch.zeros_like(pooled)
         else:
@@ -326,3 +362,7 @@ class ConsiStory:
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise ConsistoryError(f"size {width}x{height} does not fit the model: use multiples of {multiple} pixels")
         return height, width
+
+
+def _vae_component(vae: str | Path, own: loading.Json) -> loading.Component:
+    return loading.vae_component(hub.vae_folder(str(vae)) if hub.is_id(vae) else Path(vae), own)

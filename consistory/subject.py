@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ class Recipe:
     height: int
     next_seed: int
     config: ConsistoryConfig
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ class Subject:
     @contextmanager
     def _file(self, path: str | Path, grade: str, tensors: int) -> Iterator[TensorFile]:
         metadata = {
-            "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)),
-            "model": fingerprint(self.pipe.unet),
+            "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)), "model": identity(self.pipe),
         }
         with TensorFile(path, metadata, tensors + 1) as file:
             if self.latents is not None:
@@ -177,8 +177,9 @@ class Subject:
             raise ConsistoryError(f"{path} is not a whole subject file ({error}): save the subject again") from None
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
-        if metadata.get("model") != fingerprint(pipe.unet):
-            raise ConsistoryError(f"{path} was made with another model than {pipe.name}: load the one it was made with")
+        if metadata.get("model") != identity(pipe):
+            other = f"another model than {pipe.name}, or other LoRAs"
+            raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")
         with safe_open(path, "pt") as file:
@@ -192,10 +193,24 @@ class Subject:
         return cls(pipe, recipe, masks, latents, recorded)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Tells models apart by the signs of every parameter's first values, which do not depend on the precision."""
+def identity(pipe: ConsiStory) -> str:
+    """Tells models apart: the UNet's fingerprint, then the content and the weight of every LoRA that is merged into it.
+
+    A LoRA may turn no sign at all, and others with every rounding: the parameters that it changes are left out.
+    """
+    changed = {name for lora in pipe.loras for name in lora.updates["unet"]}
+    return " ".join([fingerprint(pipe.unet, changed), *sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)])
+
+
+def fingerprint(module: nn.Module, without: Collection[str] = ()) -> str:
+    """Of the signs of every parameter's first values, which do not depend on the precision.
+
+    without: parameters that do not count.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
+        if name in without:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(bytes(parameter.flatten()[:64].signbit().tolist()))
     return digest.hexdigest()

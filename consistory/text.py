@@ -92,15 +92,16 @@ class TextEncoder(nn.Module):
             None if config.projection is None else nn.Linear(config.width, config.projection, bias=False)
         )
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, clip_skip: int = 0) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> penultimate states [B, T, C] (before the last layer, no final norm) and pooled [B, D].
 
+        clip_skip: states from so many layers further up, at most all of them.
         `pooled` is the final, normed state at the end-of-text token, projected where the encoder has a projection.
         """
-        x = self.text_model.embeddings(ids)
-        *first, last = self.text_model.encoder.layers
-        for layer in first:
-            x = layer(x)
+        states = [self.text_model.embeddings(ids)]
+        for layer in self.text_model.encoder.layers:
+            states.append(layer(states[-1]))
         end = ids.argmax(dim=-1)  # end-of-text has the highest id of the vocabulary; padding after it does not count
-        state = self.text_model.final_layer_norm(last(x))[torch.arange(len(ids), device=ids.device), end]
-        return x, state if self.text_projection is None else self.text_projection(state)
+        state = self.text_model.final_layer_norm(states[-1])[torch.arange(len(ids), device=ids.device), end]
+        pooled = state if self.text_projection is None else self.text_projection(state)
+        return states[-2 - clip_skip], pooled

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from consistory import ConsiStory, ConsistoryConfig, FreeU, QueryBlend
-from consistory.cli import main
+from consistory.cli import file_and_weight, main
 
 Capture = pytest.CaptureFixture[str]
 CAT = ["a cat", "--settings", "on the beach", "in the snow"]
@@ -105,12 +105,13 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert not out.exists()
 
 
-OTHER_FACTS = {"version", "model", "dtype", "seeds", "files", "grid"}  # of a record: not arguments of the call
+OTHER_FACTS = {"version", "model", "vae", "loras", "dtype", "seeds", "files", "grid"}  # of a record: no arguments
 
 
 def test_the_record_makes_the_same_pictures(tmp_path: Path) -> None:
     options = ["--steps", "3", "--seed", "5", "8", "--style", "a picture of", "--dropout", "0.25", "--freeu"]
     options += ["--preset", "reference", "--anchors", "1", "--guidance", "3", "--negative", "a robot", "--width", "96"]
+    options += ["--clip-skip", "1"]
     assert command(*CAT, *options, "--out", tmp_path) == 0
     record = json.loads((tmp_path / "story.json").read_text("utf-8"))
     files, parameters = record.pop("files"), {key: record[key] for key in record.keys() - OTHER_FACTS}
@@ -168,6 +169,10 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "unknown device": ([*CAT, "--device", "abacus"], "use cpu, cuda or mps"),
     "absent device": ([*CAT, "--device", "cuda:99"], "use cpu, cuda or mps"),
     "absent variant": ([*CAT, "--variant", "fp8"], "fp8"),
+    "too many layers skipped": ([*CAT, "--clip-skip", "3"], "use 0 to 2"),
+    "absent LoRA": ([*CAT, "--lora", "nowhere.safetensors:0.5"], "there is no file nowhere.safetensors"),
+    "LoRA without a weight": ([*CAT, "--lora", "x.safetensors:nan"], "weight nan of x.safetensors"),
+    "absent autoencoder": ([*CAT, "--vae", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
 }
 
 
@@ -324,11 +329,12 @@ def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     listener = listen()
     assert command(*CAT) == 0
-    assert listener.loaded == ("folder", "sprites", {"device": "cpu", "dtype": torch.float32, "variant": None})
+    plain = {"variant": None, "vae": None, "loras": []}
+    assert listener.loaded == ("folder", "sprites", {"device": "cpu", "dtype": torch.float32, **plain})
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
-        "steps": 50, "guidance": 5.0, "negative_prompt": None, "anchors": None, "width": None, "height": None,
-        "config": ConsistoryConfig(),
+        "steps": 50, "guidance": 5.0, "negative_prompt": None, "clip_skip": 0, "anchors": None, "width": None,
+        "height": None, "config": ConsistoryConfig(),
     }
     assert listener.saved == [Path("story")]
 
@@ -337,14 +343,17 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     listener = listen()
     options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
-    options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16"
+    options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16 --clip-skip 1"
+    options += " --vae vae.safetensors --lora a.safetensors --lora b.safetensors:-0.5"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
-    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", {"device": "mps", "dtype": torch.bfloat16})
+    added = {"vae": "vae.safetensors", "loras": [("a.safetensors", 1.0), ("b.safetensors", -0.5)]}
+    expected = {"device": "mps", "dtype": torch.bfloat16, **added}
+    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", expected)
     config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
     assert listener.called == {
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
-        "anchors": 1, "width": 832, "height": 1216,
+        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216,
         "config": config,
     }
     assert listener.saved == [Path("there")]
@@ -387,7 +396,24 @@ def test_device_and_type(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     listener = listen()
     assert command(*CAT, *options, "--variant", "fp16") == 0
-    assert listener.loaded == ("folder", "sprites", {"device": device, "dtype": dtype, "variant": "fp16"})
+    expected = {"device": device, "dtype": dtype, "variant": "fp16", "vae": None, "loras": []}
+    assert listener.loaded == ("folder", "sprites", expected)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a.safetensors:-1", ("a.safetensors", -1.0)),
+        (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1.0)),
+        (r"C:\loras\a.safetensors:0.5", (r"C:\loras\a.safetensors", 0.5)),
+        ("v1:2/a.safetensors", ("v1:2/a.safetensors", 1.0)),
+        ("0.5", ("0.5", 1.0)),
+    ],
+)
+def test_a_lora_and_its_weight(text: str, expected: tuple[str, float]) -> None:
+    assert file_and_weight(text) == expected
 
 
 def test_quiet_says_nothing(listen: Callable[..., Listener], capsys: Capture) -> None:
@@ -466,6 +492,7 @@ def test_progress_does_without_tqdm(listen: Callable[..., Listener], monkeypatch
 OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
+    "vae", "lora", "clip-skip",
 }
 
 

@@ -17,6 +17,7 @@ FOLDERS = {"consistory": "consistory", "kernels": "consistory.kernels", "weights
 PROGRAMS = {"consistory.weights.sprites.train", "consistory.weights.sprites.oracle"}  # not imported by the library
 CHAIN = ["config", "attention", "unet", "recording", "sdsa", "story", "model", "cli"]  # each may import those before
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "numpy", "einops", "triton"}
+OF_TOKENIZERS = {"huggingface_hub"}  # a requirement of tokenizers
 EXTRAS = {"PIL", "tqdm"}
 
 
@@ -118,12 +119,13 @@ def test_kernels_stand_alone(module: str) -> None:
 def test_weights_stand_alone(module: str) -> None:
     names = imports(module)
     assert library(names) <= set(within("consistory.weights")) - PROGRAMS
-    assert third_party(names) <= {"torch", "safetensors", "tokenizers", "numpy"}
+    optional = OF_TOKENIZERS if module == "consistory.weights.hub" else set()
+    assert third_party(names) <= {"torch", "safetensors", "tokenizers", "numpy"} | optional
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_every_module_keeps_to_the_dependencies(module: str) -> None:
-    assert third_party(imports(module)) <= DEPENDENCIES | EXTRAS
+    assert third_party(imports(module)) <= DEPENDENCIES | EXTRAS | OF_TOKENIZERS
 
 
 def test_nothing_imports_the_training_programs() -> None:
@@ -164,7 +166,7 @@ print(json.dumps({
 """
 WITHOUT = """
 import importlib, sys
-for name in "triton PIL tqdm diffusers transformers accelerate peft skimage scipy matplotlib".split():
+for name in "triton PIL tqdm huggingface_hub diffusers transformers accelerate peft skimage scipy matplotlib".split():
     sys.modules[name] = None  # importing it fails, as where it is not installed
 for module in sys.argv[1:]:
     importlib.import_module(module)

@@ -297,6 +297,49 @@ def test_a_folder_with_pickled_weights_only(folder: Path) -> None:
     assert_says(error, folder / "unet" / "diffusion_pytorch_model.bin", "is pickled", "convert it")
 
 
+# Values.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite(value: float, dtype: torch.dtype, folder: Path, states: dict[str, State]) -> None:
+    damaged = states["unet"]["mid_block.resnets.0.conv1.weight"].clone()
+    damaged[3, 2, 1, 0] = value
+    save_file({**states["unet"], "mid_block.resnets.0.conv1.weight": damaged}, folder / "unet" / PLAIN)
+    _, source = loading.folder_component(folder, "unet")
+    with pytest.raises(ConsistoryError) as error:
+        module("unet", source, dtype)
+    assert_says(error, f"unet of {folder} ({PLAIN}) is damaged (mid_block.resnets.0.conv1.weight", "download it again")
+
+
+def test_values_that_are_not_finite_in_a_single_file(original: State, tmp_path: Path) -> None:
+    key = "conditioner.embedders.1.model.text_projection"
+    path = written({**original, key: original[key] / 0}, tmp_path / "x.safetensors")
+    with pytest.raises(ConsistoryError) as error:
+        from_single_file(path)
+    assert_says(error, f"text_encoder_2 of {path} is damaged", "text_projection.weight")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_float16_does_not_overflow_silently(stored: torch.dtype, folder: Path, states: dict[str, State]) -> None:
+    state = {name: tensor.to(stored) for name, tensor in states["unet"].items()}
+    state["conv_out.bias"] = torch.tensor([0.0, 1.0, -70000.0, 2.0], dtype=stored)
+    save_file(state, folder / "unet" / PLAIN)
+    _, source = loading.folder_component(folder, "unet")
+    with pytest.raises(ConsistoryError) as error:
+        module("unet", source, torch.float16)
+    assert_says(error, f"unet of {folder}", "overflows in torch.float16 (conv_out.bias has", "use bfloat16")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert module("unet", source, dtype).state_dict()["conv_out.bias"][2] < -69000
+
+
+def test_the_largest_value_of_float16_is_none_too_many(folder: Path, states: dict[str, State]) -> None:
+    bias = torch.tensor([-65504.0, 65504.0, 0.0, 0.0])
+    save_file({**states["unet"], "conv_out.bias": bias}, folder / "unet" / PLAIN)
+    _, source = loading.folder_component(folder, "unet")
+    assert module("unet", source, torch.float16).state_dict()["conv_out.bias"].equal(bias.half())
+
+
 # Single files.
 
 

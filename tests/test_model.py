@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from consistory.weights import loading
+from diffusers import StableDiffusionXLPipeline
 from parity import randn
 from safetensors.torch import load_file, save_file
 from single_file import to_original
@@ -156,6 +157,8 @@ def test_accepted_steps_can_be_sampled(pipe: ConsiStory, steps: int) -> None:
         ({"steps": 1000}, "1000 steps.*1 to 999"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"guidance": float("inf")}, "guidance inf"),
+        ({"clip_skip": -1}, "clip_skip -1.*0 to 2"),
+        ({"clip_skip": 3}, "clip_skip 3.*0 to 2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -211,6 +214,28 @@ def conditioning(pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch, **arguments:
     return contexts[0], conds[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_skipped_layers_are_those_that_diffusers_skips(
+    pipe: ConsiStory, golden_weights: Path, monkeypatch: pytest.MonkeyPatch, clip_skip: int | None
+) -> None:
+    """Of the prompts. The negative prompt is read as ever, and pooled states come from the last layer."""
+    context, cond = conditioning(pipe, monkeypatch, negative_prompt="blurry", clip_skip=clip_skip)
+    oracle = StableDiffusionXLPipeline.from_pretrained(golden_weights, add_watermarker=False, unet=None, vae=None)
+    expected, negative, pooled, negative_pooled = oracle.encode_prompt(
+        PROMPTS, negative_prompt=["blurry"] * 2, clip_skip=clip_skip, device="cpu"
+    )
+    torch.testing.assert_close(context, torch.cat([negative, expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cond.pooled, torch.cat([negative_pooled, pooled]), atol=1e-5, rtol=0)
+
+
+def test_skipped_layers_change_the_story(pipe: ConsiStory) -> None:
+    plain, skipped = (pipe(**QUICK, clip_skip=k) for k in (None, 1))
+    assert torch.equal(plain.latents, pipe(**QUICK, clip_skip=0).latents)
+    assert not torch.equal(plain.latents, skipped.latents)
+    assert (plain.settings["clip_skip"], skipped.settings["clip_skip"]) == (0, 1)
+
+
 def test_without_a_negative_prompt_the_unconditional_half_is_zero(
     pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,8 +288,8 @@ def test_a_story(pipe: ConsiStory) -> None:
     assert story.nearest[2].index.shape == story.nearest[2].distance.shape == (3, 2, 8)
     assert calls[-1][0] == calls[-1][1] == len(calls)
     assert json.loads(json.dumps(story.settings)) | {"config": None} == {
-        "model": pipe.name, "steps": 2, "guidance": 5.0, "negative_prompt": None, "anchors": 2, "width": 32,
-        "height": 64, "dtype": "float32", "config": None,
+        "model": pipe.name, "vae": None, "loras": [], "steps": 2, "guidance": 5.0, "negative_prompt": None,
+        "clip_skip": 0, "anchors": 2, "width": 32, "height": 64, "dtype": "float32", "config": None,
     }  # fmt: skip
 
 

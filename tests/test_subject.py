@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, FreeU, Story
-from consistory.subject import Subject, fingerprint
+from consistory.subject import Subject, fingerprint, identity
 
 SETTINGS = ["on the beach", "in the snow", "in space", "at home"]
 SIZE = {"width": 128, "height": 128, "steps": 4}
@@ -74,6 +75,69 @@ def test_a_file_of_another_model_is_refused(anchors: Story, pipe: ConsiStory, tm
 def test_a_fingerprint_does_not_depend_on_precision(pipe: ConsiStory, dtype: torch.dtype) -> None:
     other = ConsiStory.from_pretrained(pipe.name, dtype=dtype)
     assert fingerprint(other.unet) == fingerprint(pipe.unet)
+
+
+@pytest.fixture
+def faint(pipe: ConsiStory, tmp_path: Path) -> Path:
+    """A LoRA of every self-attention of the UNet that turns no sign among the values that a fingerprint sees."""
+    tensors = {}
+    for name, parameter in pipe.unet.named_parameters():
+        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+            stem = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            up = torch.zeros(len(parameter), 1)
+            up[-1] = 0.01
+            tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": torch.ones(1, parameter.shape[1])}
+    save_file(tensors, tmp_path / "faint.safetensors")
+    return tmp_path / "faint.safetensors"
+
+
+def test_a_lora_makes_another_model(anchors: Story, pipe: ConsiStory, faint: Path, tmp_path: Path) -> None:
+    """Even if no sign turns; with another weight, again another; the same one from a copy of the file."""
+    merged, half = (ConsiStory.from_pretrained(pipe.name, loras=[(faint, weight)]) for weight in (1, 0.5))
+    assert fingerprint(merged.unet) == fingerprint(pipe.unet)
+    assert len({identity(merged), identity(half), identity(pipe)}) == 3
+    copy = shutil.copy(faint, tmp_path / "copy.safetensors")
+    assert identity(ConsiStory.from_pretrained(pipe.name, loras=[(copy, 1.0)])) == identity(merged)
+    path = tmp_path / "dog.safetensors"
+    anchors.subject.save(path)
+    with pytest.raises(ConsistoryError, match="other LoRAs"):
+        Subject.load(path, merged)
+    Subject(merged, anchors.subject.recipe, anchors.subject.masks).save(path)
+    assert Subject.load(path, merged).recipe == anchors.subject.recipe
+    with pytest.raises(ConsistoryError, match="other LoRAs"):
+        Subject.load(path, pipe)
+
+
+def test_loras_make_the_same_model_in_any_order(pipe: ConsiStory, faint: Path) -> None:
+    loras = [(faint, 1.0), (faint, 0.25)]
+    first, second = (ConsiStory.from_pretrained(pipe.name, loras=order) for order in (loras, loras[::-1]))
+    assert identity(first) == identity(second)
+
+
+def test_a_model_with_a_lora_is_the_same_in_any_precision(pipe: ConsiStory, tmp_path: Path) -> None:
+    """Also from weights that were rounded before: where a LoRA cancels a weight, rounding decides on the sign."""
+    name = "mid_block.attentions.0.proj_in"
+    parameter = pipe.unet.get_parameter(f"{name}.weight")
+    halves = {f"unet.{name}.lora_B.weight": -parameter, f"unet.{name}.lora_A.weight": torch.eye(len(parameter))}
+    save_file(halves, tmp_path / "x.safetensors")
+    folder = shutil.copytree(pipe.name, tmp_path / "rounded")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    save_file({key: x.half() for key, x in load_file(weights).items()}, weights)
+    models = [
+        ConsiStory.from_pretrained(source, dtype=dtype, loras=[(tmp_path / "x.safetensors", 1.0)])
+        for source, dtype in ((pipe.name, torch.float32), (folder, torch.float16), (folder, torch.bfloat16))
+    ]
+    assert len({fingerprint(model.unet) for model in models}) > 1
+    assert len({identity(model) for model in models}) == 1
+
+
+def test_skipped_layers_are_kept(pipe: ConsiStory, tmp_path: Path) -> None:
+    story = pipe(subject="a cute dog", settings=SETTINGS[:3], seed=3, clip_skip=1, **SIZE)
+    anchors = pipe(subject="a cute dog", settings=SETTINGS[:2], seed=3, clip_skip=1, **SIZE)
+    anchors.subject.save(tmp_path / "dog.safetensors")
+    more = Subject.load(tmp_path / "dog.safetensors", pipe).extend(SETTINGS[2:3])
+    torch.testing.assert_close(more.latents, story.latents[2:], atol=1e-4, rtol=0)
+    assert more.settings["clip_skip"] == 1
 
 
 def test_files_that_are_no_subject(pipe: ConsiStory, tmp_path: Path) -> None:

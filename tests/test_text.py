@@ -97,6 +97,17 @@ def test_equals_transformers(pair: tuple[TextEncoder, Any], length: int) -> None
 
 
 @torch.no_grad()
+def test_skipping_layers_equals_transformers(pair: tuple[TextEncoder, Any]) -> None:
+    encoder, oracle = pair
+    states = oracle(prompts(), output_hidden_states=True).hidden_states
+    _, pooled = encoder(prompts())
+    for clip_skip in range(encoder.config.layers):
+        state, same = encoder(prompts(), clip_skip)
+        assert relative_error(state, states[-2 - clip_skip]) <= TOLERANCE
+        assert torch.equal(same, pooled)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_transformers_on_faint_activations(name: str) -> None:
     """Where the epsilon of every norm counts."""

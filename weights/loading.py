@@ -3,6 +3,7 @@
     read_json(path) -> dict                                     any config file
     read_model_index(folder) -> dict                            of an SDXL checkpoint in the diffusers layout
     folder_component(folder, name, variant) -> Component        its "unet", "vae", "text_encoder" or "text_encoder_2"
+    vae_component(path, own) -> Component                       an autoencoder on its own, in any layout
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
@@ -13,10 +14,12 @@ are asked for. Pickled files (.ckpt, .bin, .pt) are refused: loading one runs wh
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +37,8 @@ Read = Callable[[], Tensor]
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SDXL_CONFIGS = Path(__file__).parent / "sdxl"
 PICKLED = {".ckpt", ".bin", ".pt", ".pth"}
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\..*safetensors")
+SHARD = re.compile(r"-\d+-of-\d+")
 ADVICE = "give an SDXL base checkpoint, complete and unmodified"
 
 # Known keys that no module needs (regular expressions for whole keys): position numbers, CLIP's contrastive
@@ -53,7 +58,7 @@ UNUSED = (
 
 # What else a file may be (regular expressions for the beginning of any of its keys), and what to say.
 OTHER_FAMILIES = {
-    r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
+    r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, which is given beside a checkpoint, with loras= or --lora",
     r"cond_stage_model\.": "Stable Diffusion 1 or 2",
     r"conditioner\.embedders\.0\.model\.": "the SDXL refiner",
     r"(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
@@ -111,11 +116,51 @@ def folder_component(folder: Path, name: str, variant: str | None = None) -> Com
     variant: the middle of names like `model.fp16.safetensors`; None takes the plain file, or the only variant there is.
     Raises ConsistoryError if a file is missing, damaged or pickled.
     """
-    config = read_json(folder / name / "config.json")
-    path = _weights_file(folder / name, variant)
+    return _component(folder / name, name, variant, f"{name} of {folder}")
+
+
+def _component(folder: Path, name: str, variant: str | None, label: str) -> Component:
+    config = read_json(folder / "config.json")
+    path = folder / choose_weights([path.name for path in folder.iterdir()], variant, folder)
     stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
     by_original = names.index(names.FOLDER[name])
-    return config, TensorSource(f"{name} of {folder}", _by_parameter(stored, by_original))
+    return config, TensorSource(f"{label} ({path.name})", _by_parameter(stored, by_original))
+
+
+# What latents mean to an autoencoder: configuration keys, with diffusers' defaults.
+LATENTS = {"in_channels": 3, "latent_channels": 4, "scaling_factor": 0.18215}
+
+
+def vae_component(path: Path, own: Json) -> Component:
+    """An autoencoder in place of a checkpoint's own, whose `config.json` content is `own`.
+
+    path: a `.safetensors` file in the original layout (alone, or in a whole checkpoint) or with diffusers' names; or a
+    folder in the diffusers layout, an autoencoder's or a whole checkpoint's. A file carries no configuration: it gets
+    the checkpoint's.
+    Raises ConsistoryError if it is missing or damaged, or a folder's latents are not the checkpoint's.
+    """
+    if path.is_dir():
+        folder = path / "vae" if (path / "model_index.json").exists() else path
+        config, tensors = _component(folder, "vae", None, f"vae of {path}")
+        _check_latents(path, config, own)
+        return {**own, **config}, tensors
+    stored = _open(path)
+    for prefix in (names.SINGLE_FILE["vae"].prefix, "vae."):
+        inner = {key.removeprefix(prefix): read for key, read in stored.items() if key.startswith(prefix)}
+        stored = inner or stored
+    by_original = names.index(chain(names.vae_table(own), names.FOLDER["vae"]))
+    return own, TensorSource(f"vae of {path}", _by_parameter(stored, by_original))
+
+
+def _check_latents(path: Path, config: Json, own: Json) -> None:
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ConsistoryError(f"{path} is no autoencoder of SDXL but {kind}: give an AutoencoderKL")
+    values = {key: (config.get(key, default), own.get(key, default)) for key, default in LATENTS.items()}
+    values["levels"] = len(config.get("block_out_channels", ())), len(own["block_out_channels"])
+    for key, (there, here) in values.items():
+        if there != here:
+            raise ConsistoryError(f"{path} is made for other latents ({key} {there}, not {here}): give a VAE of SDXL")
 
 
 def sdxl_configs() -> dict[str, Json]:
@@ -123,10 +168,13 @@ def sdxl_configs() -> dict[str, Json]:
     return {path.stem: read_json(path) for path in SDXL_CONFIGS.glob("*.json")}
 
 
-def single_file_components(path: Path, configs: Mapping[str, Json] | None = None) -> dict[str, Component]:
+def single_file_components(
+    path: Path, configs: Mapping[str, Json] | None = None, optional: Collection[str] = ()
+) -> dict[str, Component]:
     """The components of a checkpoint in the original single-file layout, by name.
 
     configs: each component's `config.json` content; None means SDXL base.
+    optional: components that the file need not hold.
     Raises ConsistoryError if the file is missing, damaged, pickled, of another family or has keys that nothing needs.
     """
     configs = configs or sdxl_configs()
@@ -135,12 +183,14 @@ def single_file_components(path: Path, configs: Mapping[str, Json] | None = None
     components = {}
     for name, part in names.SINGLE_FILE.items():
         own = {key.removeprefix(part.prefix): stored.pop(key) for key in list(stored) if key.startswith(part.prefix)}
+        if not own and name in optional:
+            continue
         if not own:
             raise ConsistoryError(f"{path} holds no {name} ({part.prefix}*): give a whole SDXL base checkpoint")
         by_original = names.index(part.table(configs[name]))
         components[name] = configs[name], TensorSource(f"{name} of {path}", _by_parameter(own, by_original))
     if stored:
-        raise ConsistoryError(f"{path} holds keys that SDXL has not ({_listed(stored)}): {ADVICE}")
+        raise ConsistoryError(f"{path} holds keys that SDXL has not ({listed(stored)}): {ADVICE}")
     return components
 
 
@@ -150,7 +200,7 @@ def single_file_schedule(path: Path, schedule: Json) -> Json:
     A fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its noise ends at zero signal.
     Raises ConsistoryError if the file is missing or damaged.
     """
-    flags = set(_safetensors(path).keys())
+    flags = set(open_safetensors(path).keys())
     if "v_pred" not in flags:
         return schedule
     return {**schedule, "prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in flags}
@@ -162,17 +212,17 @@ def load_module(
     """Build a module without memory of its own and give it the tensors, converted one at a time; it needs no gradients.
 
     On the CPU, tensors that already have `dtype` stay mapped from the file.
-    Raises ConsistoryError that names tensors which are missing, unknown, or of another shape.
+    Raises ConsistoryError that names tensors which are missing, unknown, of another shape or not finite in `dtype`.
     """
     with torch.device("meta"), _SkipInit():
         module = build().requires_grad_(False).eval()
     expected = module.state_dict()
     missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
     if missing or unknown:
-        problems = [f"{kind}: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        problems = [f"{kind}: {listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
         raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {ADVICE}")
     state = {
-        name: _of_shape(parameter.shape, tensors, name).to(device=device, dtype=dtype).contiguous()
+        name: _converted(_of_shape(parameter.shape, tensors, name), dtype, tensors, name).to(device).contiguous()
         for name, parameter in expected.items()
     }
     module.load_state_dict(state, assign=True)
@@ -187,6 +237,21 @@ def _of_shape(shape: torch.Size, tensors: TensorSource, name: str) -> Tensor:
     return tensor
 
 
+def _converted(tensor: Tensor, dtype: torch.dtype, tensors: TensorSource, name: str) -> Tensor:
+    converted = tensor.to(dtype)
+    if not is_finite(converted):
+        if is_finite(tensor.float()):
+            largest = f"{name} has a value of {tensor.float().abs().max():.3g}"
+            raise ConsistoryError(f"{tensors.label} overflows in {dtype} ({largest}): use bfloat16 or float32")
+        raise ConsistoryError(f"{tensors.label} is damaged ({name} holds NaN or infinity): download it again")
+    return converted
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all values are: smallest and largest tell, in one pass and without a mask in memory."""
+    return all(math.isfinite(end.item()) for end in x.aminmax())
+
+
 class _SkipInit(TorchFunctionMode):
     """Random initialisation of meta tensors does nothing, but loads a compiler stack first: two seconds."""
 
@@ -199,13 +264,14 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _weights_file(folder: Path, variant: str | None) -> Path:
-    """The safetensors file or shard index, e.g. `model.safetensors` or `model.safetensors.index.fp16.json`."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors*")):
-        stem, *middle = path.name.split(".")
-        if stem in ("model", "diffusion_pytorch_model") and "-of-" not in path.name:
-            found[next((part for part in middle if part not in ("safetensors", "index", "json")), None)] = path
+def choose_weights(files: Iterable[str], variant: str | None, folder: object) -> str:
+    """Which of a component's files to read: weights, or the index of their shards, such as
+    `model.safetensors` or `model.safetensors.index.fp16.json`. See `folder_component` for `variant`.
+
+    Raises ConsistoryError, which names the folder, if none fits.
+    """
+    files = sorted(files)
+    found = {variant_of(file): file for file in files if WEIGHTS.match(file) and not SHARD.search(file)}
     if variant is None and len(found) == 1:
         return next(iter(found.values()))
     if variant in found:
@@ -213,10 +279,16 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
     if found:
         wanted, there = variant or "(none)", ", ".join(sorted(name or "(none)" for name in found))
         raise ConsistoryError(f"{folder} has no weights of variant {wanted}: choose one that it has: {there}")
-    pickled = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLED]
+    pickled = [file for file in files if Path(file).suffix in PICKLED]
     if pickled:
-        raise _pickled(pickled[0])
+        raise _pickled(Path(str(folder), pickled[0]))
     raise ConsistoryError(f"{folder} has no safetensors file: download the whole checkpoint folder again")
+
+
+def variant_of(file: str) -> str | None:
+    """The middle of a weights file's name: "fp16" of `model.fp16-00001-of-00002.safetensors`."""
+    middle = SHARD.sub("", file).split(".")[1:]
+    return next((part for part in middle if part not in ("safetensors", "index", "json")), None)
 
 
 def _open_sharded(path: Path) -> dict[str, Read]:
@@ -224,7 +296,7 @@ def _open_sharded(path: Path) -> dict[str, Read]:
     return {key: read for shard in sorted(shards) for key, read in _open(path.parent / shard).items()}
 
 
-def _safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     """An open safetensors file. Raises ConsistoryError if it cannot be one."""
     if path.suffix in PICKLED:
         raise _pickled(path)
@@ -242,7 +314,7 @@ def _safetensors(path: Path) -> Any:
 
 def _open(path: Path) -> dict[str, Read]:
     """The tensors of a safetensors file by key, but for those that are never needed."""
-    file = _safetensors(path)
+    file = open_safetensors(path)
     needed = [key for key in file.keys() if not any(re.fullmatch(pattern, key) for pattern in UNUSED)]  # noqa: SIM118
     return {key: partial(file.get_tensor, key) for key in needed}
 
@@ -274,7 +346,7 @@ def _pickled(path: Path) -> ConsistoryError:
     )
 
 
-def _listed(keys: Iterable[str], limit: int = 5) -> str:
+def listed(keys: Iterable[str], limit: int = 5) -> str:
     ordered = sorted(keys)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

@@ -208,6 +208,14 @@ def parameters_in(key: str, by_original: Mapping[str, list[Rename]]) -> list[tup
     return []
 
 
+def original_name(name: str, by_name: Mapping[str, Rename]) -> str:
+    """A module's name in the original layout, from a table by the modules' names; as it is if the table has none."""
+    for stem, rest in _stems(name):
+        if stem in by_name:
+            return by_name[stem].original + rest
+    return name
+
+
 def _stems(key: str) -> Iterator[tuple[str, str]]:
     """("a.b.c", ""), ("a.b", ".c"), ("a", ".b.c")"""
     end = len(key)
