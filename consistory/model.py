@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from consistory.weights.errors import ConsistoryError
 
 from .arguments import (
     check_anchors,
+    check_chunk,
+    check_finite,
     check_latents,
     check_list,
     check_prompts,
     check_sampling,
+    check_tile,
     compose_prompts,
     expand_seeds,
     find_concept,
@@ -31,14 +36,18 @@ from .arguments import (
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
+from .offload import on_device
 from .story import OnStep, Plan, tell
 from .subject import Recipe, Subject
 from .text import TextEncoder
+from .tiling import tiled_decode
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
+WHOLE_PIXELS = 1024 * 1024  # larger pictures are decoded in tiles: of this size, SDXL's decoder takes 2 GiB in float32
+TILE = 32  # rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Story:
                 s: Nearest(*(torch.cat([getattr(part.nearest[s], x) for part in parts]) for x in ("index", "distance")))
                 for s in self.nearest
             },
-            subject=parts[-1].subject,
+            subject=max((part.subject for part in parts), key=lambda subject: subject.recipe.next_seed),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -97,7 +106,11 @@ class Story:
 
 @dataclass(frozen=True)
 class ConsiStory:
-    """An SDXL checkpoint, ready to tell stories: `ConsiStory.from_pretrained("sprites")(subject="a cat", ...)`."""
+    """An SDXL checkpoint, ready to tell stories: `ConsiStory.from_pretrained("sprites")(subject="a cat", ...)`.
+
+    device: where everything runs. Weights that lie elsewhere are there only while their module runs.
+    tile: rows of a tile, to decode any picture in tiles; None does so only above 1024 x 1024 pixels.
+    """
 
     name: str
     tokenizers: tuple[Tokenizer, Tokenizer]
@@ -106,15 +119,22 @@ class ConsiStory:
     vae: VAE
     schedule: ScheduleConfig
     zero_negative: bool  # without a negative prompt, the unconditional context and pooled state are zeros
+    device: torch.device
+    tile: int | None = None
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
+        variant: str | None = None, offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
         """Load "sprites" (the embedded model), or a folder in the diffusers layout.
 
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
+        offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
+            other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
+            all of them stay on the device.
+        tile: decode pictures of any size in tiles of so many rows, which takes less memory and twice the time; by
+            default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable checkpoint and for an unknown device.
         """
         folder = SPRITES if str(name) == "sprites" else Path(name)
@@ -122,13 +142,14 @@ class ConsiStory:
         parts = {part: loading.folder_component(folder, part, variant) for part in loading.COMPONENTS}
         schedule = loading.read_json(folder / "scheduler" / "scheduler_config.json")
         tokenizers = Tokenizer.from_folder(folder / "tokenizer"), Tokenizer.from_folder(folder / "tokenizer_2")
-        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype)
+        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, offload, tile)
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
-        """Load an SDXL checkpoint in the original layout, one `.safetensors` file.
+        """Load an SDXL checkpoint in the original layout, one `.safetensors` file. Options as for `from_pretrained`.
 
         Raises ConsistoryError for a missing, damaged or unsuitable checkpoint and for an unknown device.
         """
@@ -136,18 +157,22 @@ class ConsiStory:
         parts = loading.single_file_components(Path(path), configs)
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
         schedule = loading.single_file_schedule(Path(path), configs["scheduler"])
-        return cls._assemble(str(path), tokenizers, parts, schedule, configs["model_index"], device, dtype)
+        index = configs["model_index"]
+        return cls._assemble(str(path), tokenizers, parts, schedule, index, device, dtype, offload, tile)
 
     @classmethod
     def _assemble(
         cls, name: str, tokenizers: tuple[Tokenizer, Tokenizer], parts: dict[str, loading.Component],
-        schedule: loading.Json, index: loading.Json, device: str | torch.device, dtype: torch.dtype,
+        schedule: loading.Json, index: loading.Json, device: str | torch.device, dtype: torch.dtype, offload: bool,
+        tile: int | None,
     ) -> ConsiStory:
         device = usable_device(device)
+        check_tile(tile)
+        home = torch.device("cpu") if offload else device
 
         def load(part: str, build: Callable[[Any], Any], dtype: torch.dtype = dtype) -> Any:
             config, tensors = parts[part]
-            return loading.load_module(lambda: build(config), tensors, dtype=dtype, device=device)
+            return loading.load_module(lambda: build(config), tensors, dtype=dtype, device=home)
 
         # SDXL's decoder overflows in float16: black pictures.
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -162,11 +187,9 @@ class ConsiStory:
             vae=load("vae", lambda c: VAE(VAEConfig.from_json(c)), vae_dtype),
             schedule=ScheduleConfig.from_json(schedule),
             zero_negative=index.get("force_zeros_for_empty_prompt", True),
+            device=device,
+            tile=tile,
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,6 +212,7 @@ class ConsiStory:
         width: int | None = None,
         height: int | None = None,
         latents: Tensor | None = None,
+        chunk: int | None = None,
         config: ConsistoryConfig | None = None,
         on_step: OnStep = lambda done, total: None,
     ) -> Story:
@@ -200,6 +224,9 @@ class ConsiStory:
             noise given outright.
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
+        chunk: draw at most so many pictures at a time beside the anchors, to save memory; the result does not depend
+            on it but for rounding. Every chunk runs the anchors again: with 2 anchors, a story of 8 pictures takes the
+            work of 18 for chunk=1, and of 12 for chunk=3. Needs seeds, not `latents`. By default all are drawn at once.
         config: the method's settings; by default `ConsistoryConfig()`.
         on_step: called as on_step(done, total) after every denoising step.
 
@@ -217,16 +244,26 @@ class ConsiStory:
         token_weights = self._token_weights(prompts, concepts)
         stride = self.vae.config.stride
         size = height // stride, width // stride
+        check_chunk(chunk, latents)
         if latents is None:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
         check_latents(latents, (images, self.unet.config.channels, *size))
+        first = images if chunk is None else min(images, anchors + chunk)
+        parts = 1 if chunk is None else 1 + math.ceil((images - first) / chunk)
 
-        plan = Plan(
-            unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
-            token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
-            seed=seeds[0], latent_size=size,
-        )
-        told = tell(plan, latents.to(self.device, torch.float32), on_step)
+        context, pooled = self._contexts(prompts[:first], negative_prompt)
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * first, 6)
+        with on_device(self.unet, self.device):
+            plan = Plan(
+                unet=self.unet, schedule=self.schedule,
+                cond=Conditioning(self.unet.prompt_keys(context), pooled, sizes),
+                token_weights=token_weights[:first], config=config, steps=steps, guidance=guidance, anchors=anchors,
+                seed=seeds[0], latent_size=size,
+            )
+            told = tell(
+                plan, latents[:first].to(self.device, torch.float32), lambda done, total: on_step(done, parts * total)
+            )
+            del plan  # its keys and values of the prompts take memory that decoding may need
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
@@ -238,40 +275,56 @@ class ConsiStory:
             next_seed=max(seeds) + 1, config=config,
         )
         masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
-        return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+        story = Story(
+            images=self.decode(told.latents), prompts=prompts[:first], concepts=concepts, seeds=seeds[:first],
+            settings=settings_used, latents=told.latents, masks=told.masks, nearest=told.nearest,
+            subject=Subject(self, recipe, masks),
         )
+        if parts == 1:
+            return story
+
+        def on_later(done: int, total: int) -> None:
+            each = total // (parts - 1)
+            on_step(each + done, each * parts)
+
+        later = story.subject.extend(prompts=prompts[first:], seed=seeds[first:], chunk=chunk, on_step=on_later)
+        return story.join([later])
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
-        ids = [tok.encode(prompts, warn=i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
-        (first, _), (second, pooled) = (encode(x) for encode, x in zip(self.text_encoders, ids, strict=True))
+        encoded = []
+        for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
+            ids = tokenizer.encode(prompts, warn=i == 0).to(self.device)
+            with on_device(encoder, self.device):
+                encoded.append(encoder(ids))
+        (first, _), (second, pooled) = encoded
         return torch.cat([first, second], dim=-1), pooled
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding needs the most memory.
+        """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding takes much memory.
 
-        Raises ConsistoryError if latents are not finite.
+        Raises ConsistoryError if latents, or the pictures that the autoencoder makes of them, are not finite.
         """
-        if not latents.isfinite().all():
-            raise ConsistoryError("the model's output is not finite: use dtype bfloat16 or float32")
-        z = (latents / self.vae.config.scaling_factor).to(self.vae.post_quant_conv.weight.dtype)
-        pictures = torch.cat([self.vae.decode(one).float() for one in z.split(1)])
+        check_finite("the model's output", latents, self.dtype)
+        dtype = self.vae.post_quant_conv.weight.dtype
+        z = (latents / self.vae.config.scaling_factor).to(self.device, dtype)
+        large = math.prod(z.shape[-2:]) * self.vae.config.stride**2 > WHOLE_PIXELS
+        tile = self.tile or (TILE if large else None)
+        decode = self.vae.decode if tile is None else partial(tiled_decode, self.vae, tile=tile)
+        with on_device(self.vae, self.device):
+            pictures = torch.cat([decode(one).float() for one in z.split(1)])
+        check_finite("the autoencoder's output", pictures, dtype)
         pixels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
-    def _conditioning(self, prompts: list[str], negative_prompt: str | None, height: int, width: int) -> Conditioning:
-        """Unconditional half, then conditional half: 2 N samples."""
-        context, pooled = self.encode_prompts(prompts)
+    def _contexts(self, prompts: list[str], negative_prompt: str | None) -> tuple[Tensor, Tensor]:
+        """Context and pooled state of 2 N samples: the unconditional half, then the conditional half."""
         if negative_prompt is None and self.zero_negative:
-            negative = torch.zeros_like(context), torch.zeros_like(pooled)
-        else:
-            one_context, one_pooled = self.encode_prompts([negative_prompt or ""])
-            negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        keys = self.unet.prompt_keys(torch.cat([negative[0], context]))
-        return Conditioning(keys, torch.cat([negative[1], pooled]), sizes)
+            context, pooled = self.encode_prompts(prompts)
+            return torch.cat([torch.zeros_like(context), context]), torch.cat([torch.zeros_like(pooled), pooled])
+        context, pooled = self.encode_prompts([*prompts, negative_prompt or ""])
+        unconditional = context[-1:].expand_as(context[:-1]), pooled[-1:].expand_as(pooled[:-1])
+        return torch.cat([unconditional[0], context[:-1]]), torch.cat([unconditional[1], pooled[:-1]])
 
     def _token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""

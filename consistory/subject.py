@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_prompts, compose_prompts, expand_seeds
+from .arguments import check_chunk, check_prompts, compose_prompts, expand_seeds
 from .config import ConsistoryConfig
 from .story import OnStep
 
@@ -77,8 +77,7 @@ class Subject:
         prompts = list(prompts) if prompts is not None else compose_prompts(recipe.subject, settings, recipe.style)
         check_prompts(prompts)
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
-        if chunk is not None and chunk < 1:
-            raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
+        check_chunk(chunk)
         size = chunk or len(prompts)
         starts = range(0, len(prompts), size)
 
