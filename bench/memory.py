@@ -10,7 +10,7 @@ hold: the Triton kernels allocate for the worst case. Not modelled are the works
 products, what the allocator loses to rounding and fragments, and the CUDA context (about half a GiB).
 
 How well counting tells a peak is checked on the CPU, where the same story is counted, recorded by PyTorch's profiler
-(which sees allocations, not tensors) and measured as the growth of the process.
+(which sees allocations, not tensors) and measured as the growth of the process. These two include the workspaces.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 # the second; and one that does neither while the first pass's state is kept. A story of 50 has 47 more cross-attention
 # maps, 4 KiB each a picture.
 STEPS = 3
-CHECKED = (128, 256)  # pixels: sizes of the story that is counted in three ways
+CHECKED = (64, 128)  # pixels: sizes of the story that is counted in three ways
 CONFIG = ConsistoryConfig(query_blend=QueryBlend(fraction=1 / 3), injection_window=(1 / 3, 1 / 3))
 
 
@@ -243,13 +243,26 @@ def peaks(device: str, configs: Configs, option: Option, images: int, size: int)
             tell(pipe, images, size, option)
         return measured
     meter = TensorMeter("meta")
-    parts = {"unet": pipe.unet, "vae": pipe.vae} | dict(zip(COMPONENTS[2:], pipe.text_encoders, strict=True))
-    for part in parts.values():
-        for weight in part.parameters():
-            meter.add(weight)
-    with meter, MetaIsGPU(), patch.object(triton.JITFunction, "run"), phases(meter), meter.naming(parts):
+    with (
+        counting(meter, pipe), phases(meter), meter.naming(parts_of(pipe)), MetaIsGPU(),
+        patch.object(triton.JITFunction, "run"),
+    ):  # fmt: skip
         tell(pipe, images, size, option)
     return meter
+
+
+def parts_of(pipe: ConsiStory) -> dict[str, nn.Module]:
+    return dict(zip(COMPONENTS, (pipe.unet, pipe.vae, *pipe.text_encoders), strict=True))
+
+
+@contextmanager
+def counting(meter: TensorMeter, pipe: ConsiStory) -> Iterator[None]:
+    """Within the block, the weights count and all that is made."""
+    for part in parts_of(pipe).values():
+        for weight in part.parameters():
+            meter.add(weight)
+    with meter:
+        yield
 
 
 def in_gib(meter: Meter) -> dict[str, float]:
@@ -273,39 +286,42 @@ def compare_countings(size: int) -> dict[str, float]:
     story = partial(tell, pipe, 3, size, Option())
     story()  # what is made once and kept is there now
     meter = TensorMeter("cpu")
-    with meter:
+    with counting(meter, pipe):
+        weights = meter.live
         story()
-    found = {"counted": meter.peaks["before"], "profiler": profiled(story), "process": growth(story)}
+    found = {"counted": max(meter.peaks.values()) - weights, "profiler": profiled(story), "process": growth(story)}
     return {name: value / 2**20 for name, value in found.items()}
 
 
 def profiled(call: Callable[[], None]) -> int:
-    with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        before = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-        profile.stop()
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event["name"] == "[memory]"]
-    totals = [event["args"]["Total Allocated"] for event in sorted(changes, key=lambda event: event["ts"])]
-    before = totals[0] - changes[0]["args"]["Bytes"]
-    return max(totals) - before
+    live = sorted((e["ts"], e["args"]["Bytes"], e["args"]["Total Allocated"]) for e in events if e["name"] == "[memory]")
+    return max(total for *_, total in live) - (live[0][2] - live[0][1])
 
 
 def growth(call: Callable[[], None]) -> int:
-    """Of the process's resident memory at the most. Linux only."""
+    """Of the process's resident memory, at the most, seen every millisecond. Linux only."""
+    seen, done = [resident()], threading.Event()
 
-    def kilobytes(name: str) -> int:
-        return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(resident())
 
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the earlier maximum
-    before = kilobytes("VmRSS")
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     call()
-    return 1024 * (kilobytes("VmHWM") - before)
+    done.set()
+    watcher.join()
+    return max(seen) - seen[0]
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def checked(size: int) -> dict[str, float]:
