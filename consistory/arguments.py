@@ -45,6 +45,28 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
         raise ConsistoryError("latents are not all finite: give standard normal noise")
 
 
+def check_finite(what: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raises ConsistoryError unless every value of what was computed in `dtype` is finite."""
+    if not x.isfinite().all():
+        wider = {torch.float16: "use dtype bfloat16 or float32", torch.bfloat16: "use dtype float32"}
+        advice = wider.get(dtype, "use a lower guidance or another checkpoint")
+        raise ConsistoryError(f"{what} is not finite in dtype {str(dtype).removeprefix('torch.')}: {advice}")
+
+
+def check_chunk(chunk: int | None, latents: Tensor | None = None) -> None:
+    """Raises ConsistoryError for chunks without pictures, or of noise that cannot be drawn again for every chunk."""
+    if chunk is not None and chunk < 1:
+        raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
+    if chunk is not None and latents is not None:
+        raise ConsistoryError("latents cannot be told in chunks, which repeat the noise from its seeds: give seeds")
+
+
+def check_tile(tile: int | None) -> None:
+    """Raises ConsistoryError for a tile without rows."""
+    if tile is not None and tile < 1:
+        raise ConsistoryError(f"tiles of {tile} rows are too small: use 1 or more, commonly 32")
+
+
 def check_anchors(anchors: int | None, images: int) -> int:
     """The number of anchors; 2 by default, or 1 for a single picture. Raises ConsistoryError if it does not fit."""
     if anchors is None:
@@ -119,11 +141,9 @@ def find_concept(subject: str) -> str:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises ConsistoryError for a device that this machine does not have."""
+    """The device, with its number. Raises ConsistoryError for one that this machine does not have."""
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConsistoryError(f"device {str(device)!r} cannot be used ({reason}): use cpu, cuda or mps") from None
-    return chosen

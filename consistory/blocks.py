@@ -20,11 +20,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x [B, c_in, h, w], emb [B, emb_width] -> [B, c_out, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x)))
+        # In place: where a map is large, the two would take more memory than anything else.
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None:
             assert emb is not None
             y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

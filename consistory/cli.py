@@ -108,6 +108,7 @@ def draw(args: argparse.Namespace) -> Story:
                 anchors=args.anchors,
                 width=args.width,
                 height=args.height,
+                chunk=args.chunk,
                 config=method(args),
                 record=args.save_subject if args.record else None,
                 on_step=on_step,
@@ -135,7 +136,10 @@ def told_if_out_of_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise ConsistoryError("out of memory: draw fewer or smaller pictures, or use --dtype float16") from None
+        raise ConsistoryError(
+            "out of memory: draw fewer or smaller pictures, or fewer at a time (--chunk 1), or use --offload or "
+            "--dtype float16"
+        ) from None
 
 
 def load(args: argparse.Namespace) -> ConsiStory:
@@ -148,9 +152,10 @@ def load(args: argparse.Namespace) -> ConsiStory:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
+    memory = {"offload": args.offload, "tile": args.tile}
     if args.single_file is not None:
-        return ConsiStory.from_single_file(args.single_file, **options)
-    return ConsiStory.from_pretrained(args.model, variant=args.variant, **options)
+        return ConsiStory.from_single_file(args.single_file, **options, **memory)
+    return ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
 
 
 def method(args: argparse.Namespace) -> ConsistoryConfig:
@@ -251,6 +256,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    sampling.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="draw at most so many pictures at a time beside the anchors, to save memory; the same pictures, but every "
+        "chunk draws the anchors again (default: all at once)",
+    )
 
     consistency = parser.add_argument_group("the method")
     preset = consistency.add_mutually_exclusive_group()
@@ -327,6 +337,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, float32 elsewhere"
+    )
+    model.add_argument(
+        "--offload", action="store_true",
+        help="keep the weights in host memory; each part of the model is on the device only while it runs",
+    )
+    model.add_argument(
+        "--tile", type=int, metavar="ROWS",
+        help="decode in tiles of so many rows: the same pictures from less memory, in twice the time (default: only "
+        "above 1024x1024 pixels, 32 rows)",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,12 +51,16 @@ class Stage(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for resample in self.downsamplers or self.upsamplers or ():
-            x = resample(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        yield from self.resnets
+        yield from self.downsamplers or self.upsamplers or ()
+
+
+def layers(stages: nn.ModuleList) -> Iterator[nn.Module]:
+    """One after the other: called as a whole, a stage would hold on to its input, a map of up to a GiB, to its end."""
+    for stage in stages:
+        assert isinstance(stage, Stage)
+        yield from stage.layers()
 
 
 class Encoder(nn.Module):
@@ -75,8 +81,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
+        for layer in layers(self.down_blocks):
+            x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -98,8 +104,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
-        for stage in self.up_blocks:
-            x = stage(x)
+        for layer in layers(self.up_blocks):
+            x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
