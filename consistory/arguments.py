@@ -54,6 +54,14 @@ def check_anchors(anchors: int | None, images: int) -> int:
     return anchors
 
 
+def check_choice(pictures: Sequence[int], images: int) -> list[int]:
+    """Indices of chosen pictures, in order, each once. Raises ConsistoryError for one that the story does not have."""
+    chosen = sorted(set(pictures))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < images:
+        raise ConsistoryError(f"pictures {chosen} are chosen of {images}: use indices from 0 to {images - 1}")
+    return chosen
+
+
 def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:
     """Raises ConsistoryError for a number of steps or a guidance that cannot be sampled with."""
     most = schedule.train_steps - schedule.offset

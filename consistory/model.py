@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import consistory.weights
 from consistory.weights import loading
@@ -18,6 +19,7 @@ from consistory.weights.errors import ConsistoryError
 
 from .arguments import (
     check_anchors,
+    check_choice,
     check_latents,
     check_list,
     check_prompts,
@@ -30,13 +32,16 @@ from .arguments import (
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
-from .images import save_story
+from .images import Pixels, Record, describe, save_story
 from .story import OnStep, Plan, tell
-from .subject import Recipe, Subject
+from .subject import Recipe, Subject, fingerprint
 from .text import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
+
+Choose = Callable[[Record], Sequence[int]]  # a story's record -> indices of the pictures to draw
+OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 
@@ -74,18 +79,19 @@ class Story:
         )
 
     def join(self, others: Sequence[Story]) -> Story:
-        """One story of the pictures of this and other stories of the same subject."""
-        parts = [self, *others]
+        """One story of the pictures of this and other stories of the same subject; some may have no picture."""
+        parts = [part for part in (self, *others) if part.prompts] or [self]
+        first = parts[0]
         return replace(
-            self,
+            first,
             images=np.concatenate([part.images for part in parts]),
             prompts=[prompt for part in parts for prompt in part.prompts],
             seeds=[seed for part in parts for seed in part.seeds],
             latents=torch.cat([part.latents for part in parts]),
-            masks={s: torch.cat([part.masks[s] for part in parts]) for s in self.masks},
+            masks={s: torch.cat([part.masks[s] for part in parts]) for s in first.masks},
             nearest={
                 s: Nearest(*(torch.cat([getattr(part.nearest[s], x) for part in parts]) for x in ("index", "distance")))
-                for s in self.nearest
+                for s in first.nearest
             },
             subject=parts[-1].subject,
         )
@@ -172,6 +178,12 @@ class ConsiStory:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart, wherever they lie and in any precision."""
+        weights = fingerprint(nn.ModuleList([self.unet, self.vae, *self.text_encoders]))
+        return hashlib.sha256(f"{weights} {self.schedule} {self.zero_negative}".encode()).hexdigest()
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -191,6 +203,8 @@ class ConsiStory:
         latents: Tensor | None = None,
         config: ConsistoryConfig | None = None,
         on_step: OnStep = lambda done, total: None,
+        choose: Choose = lambda record: range(len(record["prompts"])),
+        on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
 
@@ -202,6 +216,10 @@ class ConsiStory:
         width, height: in pixels; by default what the checkpoint was trained for.
         config: the method's settings; by default `ConsistoryConfig()`.
         on_step: called as on_step(done, total) after every denoising step.
+        choose: called as choose(record), with what `story.json` would hold, once the arguments are checked; returns the
+            indices of the pictures to draw. By default all; the anchors are run along with any others. The pictures
+            are those of the whole story up to rounding, and the story returned has no others.
+        on_picture: called as on_picture(index, image) as soon as a picture is decoded, uint8 [H, W, 3].
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
@@ -217,30 +235,49 @@ class ConsiStory:
         token_weights = self._token_weights(prompts, concepts)
         stride = self.vae.config.stride
         size = height // stride, width // stride
+        noise = None if latents is None else hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()
         if latents is None:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
         check_latents(latents, (images, self.unet.config.channels, *size))
 
-        plan = Plan(
-            unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
-            token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
-            seed=seeds[0], latent_size=size,
-        )
-        told = tell(plan, latents.to(self.device, torch.float32), on_step)
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
-            "config": asdict(config),
+            "config": asdict(config), "fingerprint": self.fingerprint, "latents": noise,
+            "anchor_prompts": prompts[:anchors], "anchor_seeds": seeds[:anchors],
         }
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
             next_seed=max(seeds) + 1, config=config,
         )
+        chosen = check_choice(choose(describe(prompts, concepts, seeds, settings_used)), images)
+        if not chosen:
+            return Story(
+                images=np.empty((0, height, width, 3), np.uint8), prompts=[], concepts=concepts, seeds=[],
+                settings=settings_used, latents=latents[:0], masks={}, nearest={}, subject=Subject(self, recipe, {}),
+            )
+        # The pictures that are run, and the places of the chosen ones among them.
+        run = sorted({*chosen, *(range(anchors) if config.sdsa or config.injection else ())})
+        places = [run.index(i) for i in chosen]
+
+        plan = Plan(
+            unet=self.unet, schedule=self.schedule,
+            cond=self._conditioning([prompts[i] for i in run], negative_prompt, height, width),
+            token_weights=token_weights[run], config=config, steps=steps, guidance=guidance, anchors=anchors,
+            seed=seeds[0], latent_size=size,
+        )
+        x = latents[run].to(self.device, torch.float32)
+        with torch.cuda.device_of(x):  # Triton launches kernels on the current device
+            told = tell(plan, x, on_step)
         masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
+        latents = told.latents[places]
         return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+            images=self.decode(latents, lambda place, image: on_picture(chosen[place], image)),
+            prompts=[prompts[i] for i in chosen], concepts=concepts, seeds=[seeds[i] for i in chosen],
+            settings=settings_used, latents=latents, masks={s: mask[places] for s, mask in told.masks.items()},
+            nearest={s: Nearest(n.index[places], n.distance[places]) for s, n in told.nearest.items()},
+            subject=Subject(self, recipe, masks),
         )
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -249,17 +286,20 @@ class ConsiStory:
         (first, _), (second, pooled) = (encode(x) for encode, x in zip(self.text_encoders, ids, strict=True))
         return torch.cat([first, second], dim=-1), pooled
 
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+    def decode(self, latents: Tensor, on_picture: OnPicture = lambda index, image: None) -> NDArray[np.uint8]:
         """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding needs the most memory.
 
-        Raises ConsistoryError if latents are not finite.
+        on_picture: called as on_picture(index, image) after each. Raises ConsistoryError if latents are not finite.
         """
         if not latents.isfinite().all():
             raise ConsistoryError("the model's output is not finite: use dtype bfloat16 or float32")
         z = (latents / self.vae.config.scaling_factor).to(self.vae.post_quant_conv.weight.dtype)
-        pictures = torch.cat([self.vae.decode(one).float() for one in z.split(1)])
-        pixels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        pictures = []
+        for index, one in enumerate(z.split(1)):
+            pixels = ((self.vae.decode(one).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+            pictures.append(pixels[0].permute(1, 2, 0).cpu().numpy())
+            on_picture(index, pictures[-1])
+        return np.stack(pictures)
 
     def _conditioning(self, prompts: list[str], negative_prompt: str | None, height: int, width: int) -> Conditioning:
         """Unconditional half, then conditional half: 2 N samples."""

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_prompts, compose_prompts, expand_seeds
+from .arguments import check_choice, check_prompts, compose_prompts, expand_seeds
 from .config import ConsistoryConfig
+from .images import Record
 from .story import OnStep
 
 if TYPE_CHECKING:
-    from .model import ConsiStory, Story
+    from .model import Choose, ConsiStory, OnPicture, Story
 
 FORMAT = "consistory subject 1"
 
@@ -65,11 +66,14 @@ class Subject:
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None, chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
+        choose: Choose = lambda record: range(len(record["prompts"])),
+        on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; the anchors are run along with them.
 
         seed: as for a story; by default the seeds go on after those used so far.
         chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
+        on_step, choose, on_picture: as for a story. Only new pictures count.
 
         Raises ConsistoryError, before any work, if the arguments do not fit.
         """
@@ -79,27 +83,37 @@ class Subject:
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
         if chunk is not None and chunk < 1:
             raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
+        for concept in recipe.concepts:
+            self.pipe.tokenizers[0].concept_positions(prompts, concept)  # raises if a prompt lacks it
+
+        anchors = len(recipe.prompts)
+        chosen: list[int] = []
+
+        def draw(pictures: list[int], **callbacks: Any) -> Story:
+            return self.pipe(
+                prompts=recipe.prompts + [prompts[i] for i in pictures], concepts=recipe.concepts,
+                seed=recipe.seeds + [seeds[i] for i in pictures], subject=recipe.subject, style=recipe.style,
+                steps=recipe.steps, guidance=recipe.guidance, negative_prompt=recipe.negative_prompt, anchors=anchors,
+                width=recipe.width, height=recipe.height, config=recipe.config, **callbacks,
+            )
+
+        def note_choice(record: Record) -> list[int]:
+            chosen.extend(check_choice(choose({**record, "prompts": prompts, "seeds": seeds}), len(prompts)))
+            return []
+
+        def part(number: int, pictures: list[int]) -> Story:
+            return draw(
+                pictures,
+                on_step=lambda done, total: on_step(number * total + done, len(parts) * total),
+                choose=lambda record: range(anchors, anchors + len(pictures)),
+                on_picture=lambda index, image: on_picture(pictures[index - anchors], image),
+            )
+
+        nothing = draw([], choose=note_choice)
         size = chunk or len(prompts)
-        starts = range(0, len(prompts), size)
-
-        def part(number: int, start: int) -> Story:
-            def on_part(done: int, total: int) -> None:
-                on_step(number * total + done, len(starts) * total)
-
-            return self._extend(prompts[start : start + size], seeds[start : start + size], on_part)
-
-        first, *others = [part(number, start) for number, start in enumerate(starts)]
-        return first.join(others)
-
-    def _extend(self, prompts: list[str], seeds: list[int], on_step: OnStep) -> Story:
-        recipe = self.recipe
-        together = self.pipe(
-            prompts=recipe.prompts + prompts, seed=recipe.seeds + seeds, concepts=recipe.concepts,
-            subject=recipe.subject, style=recipe.style, steps=recipe.steps, guidance=recipe.guidance,
-            negative_prompt=recipe.negative_prompt, anchors=len(recipe.prompts), width=recipe.width,
-            height=recipe.height, config=recipe.config, on_step=on_step,
-        )
-        return together.select(slice(len(recipe.prompts), None))
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        told = nothing.join([part(number, pictures) for number, pictures in enumerate(parts)])
+        return replace(told, subject=replace(self, recipe=replace(recipe, next_seed=max(seeds) + 1)))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. Raises ConsistoryError if it cannot be written."""
