@@ -53,12 +53,10 @@ def check_finite(what: str, x: Tensor, dtype: torch.dtype) -> None:
         raise ConsistoryError(f"{what} is not finite in dtype {str(dtype).removeprefix('torch.')}: {advice}")
 
 
-def check_chunk(chunk: int | None, latents: Tensor | None = None) -> None:
-    """Raises ConsistoryError for chunks without pictures, or of noise that cannot be drawn again for every chunk."""
+def check_chunk(chunk: int | None) -> None:
+    """Raises ConsistoryError for chunks without pictures."""
     if chunk is not None and chunk < 1:
         raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
-    if chunk is not None and latents is not None:
-        raise ConsistoryError("latents cannot be told in chunks, which repeat the noise from its seeds: give seeds")
 
 
 def check_tile(tile: int | None) -> None:
@@ -74,6 +72,14 @@ def check_anchors(anchors: int | None, images: int) -> int:
     if not 1 <= anchors <= images:
         raise ConsistoryError(f"{anchors} anchors do not fit {images} pictures: use 1 to {images}")
     return anchors
+
+
+def check_choice(pictures: Sequence[int], images: int) -> list[int]:
+    """Indices of chosen pictures, in order, each once. Raises ConsistoryError for one that the story does not have."""
+    chosen = sorted(set(pictures))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < images:
+        raise ConsistoryError(f"pictures {chosen} are chosen of {images}: use indices from 0 to {images - 1}")
+    return chosen
 
 
 def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:

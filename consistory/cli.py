@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from consistory.weights.errors import ConsistoryError
 
 from .config import ConsistoryConfig, FreeU
-from .images import GRID, check_can_save
+from .images import GRID, Album, Record, check_can_save
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
+    from .distributed import Ranks
     from .model import ConsiStory, Story
 
 DESCRIPTION = """\
@@ -47,8 +49,12 @@ examples:
   consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
       more pictures of the same cat, later; with --record in the first line, without drawing its pictures again
 
+  torchrun --nproc-per-node 8 -m consistory "a cat" --settings ... --model path/to/stable-diffusion-xl-base-1.0
+      the same files, drawn by eight GPUs at once
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
-each PNG says it too, in its metadata."""
+each PNG says it too, in its metadata. Pictures are written as they are finished. If a run is cut short, the same
+command goes on: pictures that are there and were made with the same options are kept."""
 
 PRESETS: dict[str, Callable[[], ConsistoryConfig]] = {
     "default": ConsistoryConfig,
@@ -65,37 +71,90 @@ with the new ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted."""
+    """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted.
+
+    Of the ranks that torchrun starts, the first one talks. What goes wrong on all of them is its to tell; the others
+    return 0 then, so that torchrun does not end it before it has.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["extend"]:
-        args, make = parse_extend(argv[1:]), extend
-    else:
-        args, make = parse(argv), draw
+    first = torchrun_rank() in (None, 0)
+    with nullcontext() if first else silence():
+        if argv[:1] == ["extend"]:
+            args, make = parse_extend(argv[1:]), extend
+        else:
+            args, make = parse(argv), draw
     try:
-        with warnings_on_stderr():
-            check_can_save(args.out)
-            make(args).save(args.out)
+        with warnings_on_stderr(first):
+            run(args, make)
     except ConsistoryError as error:
+        from .distributed import SharedError
+
+        if isinstance(error, SharedError) and not first:
+            return 0
         print("consistory: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("consistory: interrupted", file=sys.stderr)
+        if first:
+            print("consistory: interrupted", file=sys.stderr)
         return 130
-    if not args.quiet:
+    if first and not args.quiet:
         print(f"The story is in {args.out}: look at {args.out / GRID}")
     return 0
 
 
-def draw(args: argparse.Namespace) -> Story:
+def torchrun_rank() -> int | None:
+    """This process's number among those that torchrun has started; None without torchrun."""
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return int(os.environ["RANK"]) if started else None
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Not a word, and no exit code, on how arguments are parsed."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except SystemExit:
+            sys.exit(0)
+
+
+def run(args: argparse.Namespace, make: Callable[..., Story]) -> None:
+    """Draw what the folder lacks of a story, together with the other ranks, if there are any."""
+    from .distributed import Ranks, draw_on_ranks, torchrun_ranks
+
+    album = Album(args.out)
+    subject_file = getattr(args, "save_subject", None)
+
+    def choose(record: Record) -> list[int]:
+        missing = album.begin(record)
+        kept = len(record["prompts"]) - len(missing)
+        if kept and ranks.rank == 0 and not args.quiet:
+            print(f"{kept} of {len(record['prompts'])} pictures are in {args.out} already")
+        return missing or [0] * (subject_file is not None)  # a subject is kept from a run of the anchors
+
+    def check_and_make(**callbacks: Any) -> Story:
+        if ranks.rank == 0:
+            check_can_save(args.out)
+            if subject_file is not None:
+                check_can_save(subject_file.absolute().parent)
+        return make(args, ranks, **callbacks)
+
+    with nullcontext(Ranks()) if torchrun_rank() is None else torchrun_ranks() as ranks:
+        story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=album.add)
+        if ranks.rank == 0:
+            if subject_file is not None and not args.record:
+                story.subject.save(subject_file)
+            album.finish()
+
+
+def draw(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
     if args.record and args.save_subject is None:
         raise ConsistoryError("--record needs a file to record to: name it with --save-subject")
-    if args.save_subject is not None:
-        check_can_save(args.save_subject.absolute().parent)
     with told_if_out_of_memory():
-        pipe = load(args)
-        with progress_bar(args.quiet) as on_step:
-            story = pipe(
+        pipe = load(args, ranks)
+        with progress_bar(args.quiet or ranks.rank > 0) as on_step:
+            return pipe(
                 subject=args.subject,
                 settings=args.settings,
                 style=args.style,
@@ -110,23 +169,21 @@ def draw(args: argparse.Namespace) -> Story:
                 height=args.height,
                 chunk=args.chunk,
                 config=method(args),
-                record=args.save_subject if args.record else None,
+                record=args.save_subject if args.record and ranks.rank == 0 else None,
                 on_step=on_step,
+                **callbacks,
             )
-    if args.save_subject is not None and not args.record:
-        story.subject.save(args.save_subject)
-    return story
 
 
-def extend(args: argparse.Namespace) -> Story:
+def extend(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
     from .subject import Subject
 
     with told_if_out_of_memory():
-        subject = Subject.load(args.subject, load(args))
+        subject = Subject.load(args.subject, load(args, ranks))
         seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
-        with progress_bar(args.quiet) as on_step:
-            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+        with progress_bar(args.quiet or ranks.rank > 0) as on_step:
+            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step, **callbacks)
 
 
 @contextmanager
@@ -142,7 +199,7 @@ def told_if_out_of_memory() -> Iterator[None]:
         ) from None
 
 
-def load(args: argparse.Namespace) -> ConsiStory:
+def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     import torch
 
     from .model import ConsiStory
@@ -150,6 +207,8 @@ def load(args: argparse.Namespace) -> ConsiStory:
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and ranks.size > 1:
+        device = f"cuda:{ranks.local}"
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
     memory = {"offload": args.offload, "tile": args.tile}
@@ -187,11 +246,18 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def warnings_on_stderr() -> Iterator[None]:
-    """Show the library's warnings, such as a prompt that is cut off."""
-    handler = logging.StreamHandler()
+def warnings_on_stderr(show: bool) -> Iterator[None]:
+    """Show the library's warnings, such as a prompt that is cut off, each of them once."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return message not in seen and not seen.add(message)
+
+    handler = logging.StreamHandler() if show else logging.NullHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("consistory: warning: %(message)s"))
+    handler.addFilter(is_new)
     logger = logging.getLogger("consistory")
     logger.addHandler(handler)
     try:
@@ -312,7 +378,7 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
 def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
-    output.add_argument("--quiet", action="store_true", help="no progress bar and no last line")
+    output.add_argument("--quiet", action="store_true", help="no progress bar and no last lines")
     return output
 
 

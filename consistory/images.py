@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from consistory.weights.errors import ConsistoryError
 
 Pixels = NDArray[np.uint8]
+Record = dict[str, Any]  # how a story was made, as JSON would hold it
 
 GRID = "grid.png"
 RECORD = "story.json"
@@ -49,31 +52,112 @@ def save_story(story: Pictures, folder: Path) -> None:
     No file is ever seen half written, and story.json, which names the others, comes last.
     Raises ConsistoryError if Pillow is missing or the folder cannot be written.
     """
-    parameters = describe(story)
-    text = {"consistory": json.dumps(parameters)}
-    digits = max(2, len(str(len(story.images))))
-    names = [f"{number:0{digits}}.png" for number in range(1, len(story.images) + 1)]
-    files = {
-        name: encode_png(image, {"prompt": prompt, "seed": str(seed), **text})
-        for name, image, prompt, seed in zip(names, story.images, story.prompts, story.seeds, strict=True)
-    }
-    files[GRID] = encode_png(make_grid(story.images), text)
-    record = {**parameters, "files": names, "grid": GRID}
-    files[RECORD] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(folder / name, data)
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+    album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
+    for index, image in enumerate(story.images):
+        album.add(index, image)
+    album.finish()
 
 
-def describe(story: Pictures) -> dict[str, Any]:
+def describe(prompts: list[str], concepts: list[str], seeds: list[int], settings: Mapping[str, Any]) -> Record:
     """Everything that is needed to run a story again, as JSON would hold it."""
     version = importlib.metadata.version("consistory")
-    return {
-        "version": version, "prompts": story.prompts, "concepts": story.concepts, "seeds": story.seeds, **story.settings
-    }
+    return {"version": version, "prompts": prompts, "concepts": concepts, "seeds": seeds, **settings}
+
+
+@dataclass
+class Album:
+    """A folder that a story is drawn into, picture by picture, so that a run that is cut short loses little.
+
+        album = Album(Path("story"))
+        pipe(..., choose=album.begin, on_picture=album.add)  # draws what the folder lacks
+        album.finish()
+
+    Whenever the run ends, all PNGs are whole, and story.json is there only if it names pictures that are there, whole,
+    and made as it says: the first new picture takes an earlier record away, and `finish` writes the new one last.
+    Pictures of another story are overwritten one by one; those past the end of this one go when it is finished.
+
+    record: see `describe`; by default what `begin` is given.
+    """
+
+    folder: Path
+    record: Record = field(default_factory=dict)
+
+    def begin(self, record: Record) -> list[int]:
+        """The indices of the pictures that the folder lacks. `record` describes the story."""
+        self.record = record
+        return [index for index in range(len(record["prompts"])) if not self._holds(index)]
+
+    def add(self, index: int, image: Pixels) -> None:
+        """Write one picture, uint8 [H, W, 3]. Raises ConsistoryError if the folder cannot be written."""
+        text = {"prompt": self.record["prompts"][index], "seed": str(self.record["seeds"][index]), **self._text}
+        data = encode_png(image, text)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (RECORD, GRID):
+                (self.folder / name).unlink(missing_ok=True)
+            write_atomically(self.folder / self._names[index], data)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
+
+    def finish(self) -> None:
+        """Write the grid and story.json, once all pictures are there; remove what earlier runs have left behind.
+
+        Raises ConsistoryError if a picture is missing or the folder cannot be written.
+        """
+        try:
+            images = [np.asarray(_pillow().Image.open(self.folder / name)) for name in self._names]
+            for path in self._leftovers():
+                path.unlink(missing_ok=True)
+            write_atomically(self.folder / GRID, encode_png(make_grid(np.stack(images)), self._text))
+            record = {**self.record, "files": self._names, "grid": GRID}
+            write_atomically(self.folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        except FileNotFoundError as error:
+            raise ConsistoryError(f"{error.filename} is missing: run again, all ranks with one shared folder") from None
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
+
+    @property
+    def _names(self) -> list[str]:
+        images = len(self.record["prompts"])
+        digits = max(2, len(str(images)))
+        return [f"{number:0{digits}}.png" for number in range(1, images + 1)]
+
+    @property
+    def _text(self) -> dict[str, str]:
+        return {"consistory": json.dumps(self.record)}
+
+    def _holds(self, index: int) -> bool:
+        """Is this picture there, whole, and made exactly as it would be now?"""
+        wanted = {**self.record, "prompt": self.record["prompts"][index], "seed": str(self.record["seeds"][index])}
+        found = read_record(self.folder / self._names[index])
+        return found is not None and _decisive(found) == _decisive(json.loads(json.dumps(wanted)))
+
+    def _leftovers(self) -> list[Path]:
+        """Pictures of an earlier story that this one does not overwrite, and parts of files that a killed run left."""
+        paths = [path for path in self.folder.iterdir() if path.name not in self._names]
+        numbered = [path for path in paths if re.fullmatch(r"\d+\.png", path.name)]
+        parts = [path for path in paths if re.fullmatch(r"\.(\d+\.png|grid\.png|story\.json)\.\d+\.part", path.name)]
+        return [path for path in numbered if read_record(path)] + parts
+
+
+def _decisive(record: Record) -> Record:
+    """What decides on the looks of one picture: not the other pictures, nor where the model was."""
+    return {key: value for key, value in record.items() if key not in ("prompts", "seeds", "model")}
+
+
+def read_record(path: Path) -> Record | None:
+    """How a numbered PNG was made: its story's record, and "prompt" and "seed"; its size is what it really is.
+
+    None if there is no such file, or it is not whole or not ours.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            image.load()
+            made = {key: image.text[key] for key in ("prompt", "seed")}
+            return {**json.loads(image.text["consistory"]), **made, "width": image.width, "height": image.height}
+    except Exception:  # Pillow tells of damage by many exceptions
+        return None
 
 
 def check_can_save(folder: Path) -> None:

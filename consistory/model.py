@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from consistory.weights.errors import ConsistoryError
 
 from .arguments import (
     check_anchors,
+    check_chunk,
     check_clip_skip,
+    check_finite,
     check_latents,
     check_list,
     check_prompts,
     check_sampling,
+    check_tile,
     compose_prompts,
     expand_seeds,
     find_concept,
@@ -31,16 +37,23 @@ from .arguments import (
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
-from .images import save_story
-from .recording import Recorded, Recorder
+from .images import Pixels, Record, save_story
+from .offload import on_device
+from .recording import Recorder
 from .story import OnStep, Plan, tell
-from .subject import Recipe, Subject
+from .subject import Recipe, Subject, fingerprint, identity
 from .text import TextEncoder
+from .tiling import tiled_decode
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
 
+Choose = Callable[[Record], Sequence[int]]  # a story's record -> indices of the pictures to draw
+OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
+
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
+WHOLE_PIXELS = 1024 * 1024  # larger pictures are decoded in tiles: of this size, SDXL's decoder takes 2 GiB in float32
+TILE = 32  # rows
 
 LoRAs = Sequence[str | Path | tuple[str | Path, float]]  # files, with weights other than 1
 
@@ -78,18 +91,19 @@ class Story:
         )
 
     def join(self, others: Sequence[Story]) -> Story:
-        """One story of the pictures of this and other stories of the same subject."""
-        parts = [self, *others]
+        """One story of the pictures of this and other stories of the same subject; some may have no picture."""
+        parts = [part for part in (self, *others) if part.prompts] or [self]
+        first = parts[0]
         return replace(
-            self,
+            first,
             images=np.concatenate([part.images for part in parts]),
             prompts=[prompt for part in parts for prompt in part.prompts],
             seeds=[seed for part in parts for seed in part.seeds],
             latents=torch.cat([part.latents for part in parts]),
-            masks={s: torch.cat([part.masks[s] for part in parts]) for s in self.masks},
+            masks={s: torch.cat([part.masks[s] for part in parts]) for s in first.masks},
             nearest={
                 s: Nearest(*(torch.cat([getattr(part.nearest[s], x) for part in parts]) for x in ("index", "distance")))
-                for s in self.nearest
+                for s in first.nearest
             },
             subject=parts[-1].subject,
         )
@@ -110,13 +124,16 @@ class ConsiStory:
     vae: VAE
     schedule: ScheduleConfig
     zero_negative: bool  # without a negative prompt, the unconditional context and pooled state are zeros
+    device: torch.device
+    tile: int | None = None
     other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
     loras: tuple[lora.LoRA, ...] = ()  # what is merged into the weights
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (),
+        variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (), offload: bool = False,
+        tile: int | None = None,
     ) -> ConsiStory:
         """Load "sprites" (the embedded model), a folder in the diffusers layout, or a model of the Hugging Face hub.
 
@@ -124,6 +141,11 @@ class ConsiStory:
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
         vae: another autoencoder than the checkpoint's own: a `.safetensors` file, a folder, or a name of the hub.
         loras: `.safetensors` files to merge into the weights; a pair (file, weight) for another weight than 1.
+        offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
+            other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
+            all of them stay on the device.
+        tile: decode pictures of any size in tiles of so many rows, which takes less memory and twice the time; by
+            default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
         """
         device = usable_device(device)
@@ -136,16 +158,16 @@ class ConsiStory:
             parts["vae"] = _vae_component(vae, parts["vae"][0])
         schedule = loading.read_json(folder / "scheduler" / "scheduler_config.json")
         tokenizers = Tokenizer.from_folder(folder / "tokenizer"), Tokenizer.from_folder(folder / "tokenizer_2")
-        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, vae, loras)
+        return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        vae: str | Path | None = None, loras: LoRAs = (),
+        vae: str | Path | None = None, loras: LoRAs = (), offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
-        """Load an SDXL checkpoint in the original layout, one `.safetensors` file.
+        """Load an SDXL checkpoint in the original layout, one `.safetensors` file. Options as for `from_pretrained`.
 
-        vae, loras: as for `from_pretrained`; with a VAE given, the file need not hold one.
+        vae: with another one given, the file need not hold one.
         Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
         """
         device = usable_device(device)
@@ -155,14 +177,17 @@ class ConsiStory:
             parts["vae"] = _vae_component(vae, configs["vae"])
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
         schedule = loading.single_file_schedule(Path(path), configs["scheduler"])
-        return cls._assemble(str(path), tokenizers, parts, schedule, configs["model_index"], device, dtype, vae, loras)
+        index = configs["model_index"]
+        return cls._assemble(str(path), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod
     def _assemble(
         cls, name: str, tokenizers: tuple[Tokenizer, Tokenizer], parts: dict[str, loading.Component],
         schedule: loading.Json, index: loading.Json, device: torch.device, dtype: torch.dtype,
-        vae: str | Path | None, loras: LoRAs,
+        vae: str | Path | None, loras: LoRAs, offload: bool, tile: int | None,
     ) -> ConsiStory:
+        check_tile(tile)
+        home = torch.device("cpu") if offload else device
         unet, autoencoder = parts["unet"][0], parts["vae"][0]
         if unet["in_channels"] != autoencoder["latent_channels"]:
             channels = f'a UNet of {unet["in_channels"]} channels for latents of {autoencoder["latent_channels"]}'
@@ -174,7 +199,7 @@ class ConsiStory:
 
         def load(part: str, build: Callable[[Any], Any], dtype: torch.dtype = dtype) -> Any:
             config, tensors = parts[part]
-            return loading.load_module(lambda: build(config), tensors, dtype=dtype, device=device)
+            return loading.load_module(lambda: build(config), tensors, dtype=dtype, device=home)
 
         # SDXL's decoder overflows in float16: black pictures.
         vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -189,17 +214,25 @@ class ConsiStory:
             vae=load("vae", lambda c: VAE(VAEConfig.from_json(c)), vae_dtype),
             schedule=ScheduleConfig.from_json(schedule),
             zero_negative=index.get("force_zeros_for_empty_prompt", True),
+            device=device,
+            tile=tile,
             other_vae=None if vae is None else str(vae),
             loras=merged,
         )
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart, LoRAs and another VAE included, wherever they lie and in any precision."""
+        encoders = [
+            fingerprint(encoder, {name for lora in self.loras for name in lora.updates[part]})
+            for part, encoder in zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=True)
+        ]
+        parts = [identity(self), *encoders, fingerprint(self.vae), str(self.schedule), str(self.zero_negative)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @torch.inference_mode()
     def __call__(
@@ -219,9 +252,12 @@ class ConsiStory:
         width: int | None = None,
         height: int | None = None,
         latents: Tensor | None = None,
+        chunk: int | None = None,
         config: ConsistoryConfig | None = None,
         record: str | Path | None = None,
         on_step: OnStep = lambda done, total: None,
+        choose: Choose = lambda record: range(len(record["prompts"])),
+        on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
 
@@ -233,10 +269,17 @@ class ConsiStory:
             diffusers, of the prompts only, not of the negative prompt. By default 0.
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
+        chunk: draw at most so many pictures at a time beside the anchors, to save memory; the result does not depend
+            on it but for rounding. Every chunk runs the anchors again, unless they are recorded: with 2 anchors, a
+            story of 8 pictures takes the work of 18 for chunk=1, of 12 for chunk=3. By default all are drawn at once.
         config: the method's settings; by default `ConsistoryConfig()`.
         record: a file for all that later pictures need of the anchors, so that these need not be drawn again; see
             `Subject`.
         on_step: called as on_step(done, total) after every denoising step.
+        choose: called as choose(record), with what `story.json` would hold, once the arguments are checked; returns the
+            indices of the pictures to draw. By default all; the anchors are run along with any others. The pictures
+            are those of the whole story up to rounding, and the story returned has no others.
+        on_picture: called as on_picture(index, image) as soon as a picture is decoded, uint8 [H, W, 3].
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
@@ -252,53 +295,55 @@ class ConsiStory:
         seeds = expand_seeds(seed, images)
         concepts = self._concepts(concepts, subject, config)
         shape = self.latent_shape(height, width)
-        given = latents is not None
-        latents = initial_noise(seeds, shape) if latents is None else latents
-        check_latents(latents, (images, *shape))
+        noise = initial_noise(seeds, shape) if latents is None else latents
+        check_latents(noise, (images, *shape))
+        check_chunk(chunk)
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
             next_seed=max(seeds) + 1, config=config, clip_skip=clip_skip,
         )
-        kept = Subject(self, recipe, {}, latents[:anchors].clone() if given else None)
-        if record is None:
-            return self.draw(kept, prompts, seeds, latents, on_step=on_step)
-        with kept.recording(record) as recorder:
-            story = self.draw(kept, prompts, seeds, latents, recorder=recorder, on_step=on_step)
-        return replace(story, subject=replace(story.subject, recorded=Recorded(record, self.unet)))
+        kept = Subject(self, recipe, {}, None if latents is None else latents[:anchors].clone())
+        return kept.draw(
+            prompts, seeds, noise, given=latents, chunk=chunk, record=record, on_step=on_step, choose=choose,
+            on_picture=on_picture,
+        )
 
     @torch.inference_mode()
     def draw(
-        self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, *,
-        recorder: Recorder | None = None, on_step: OnStep = lambda done, total: None,
+        self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, settings: dict[str, Any], *,
+        places: Sequence[int], recorder: Recorder | None = None, on_step: OnStep, on_picture: OnPicture,
     ) -> Story:
-        """A story of a subject: its anchors first, or, where they are recorded, other pictures alone.
+        """A batch of pictures of a subject: its anchors first, or, where they are recorded, other pictures alone.
 
-        What `__call__` and `Subject.extend` share. prompts, seeds, latents [N, 4, h, w]: of every picture to draw.
-        Raises ConsistoryError if a prompt lacks a concept.
+        prompts, seeds, latents [N, 4, h, w]: of every picture to denoise.
+        places: which of these to decode; the story returned has no others.
         """
         recipe = subject.recipe
-        token_weights = self._token_weights(prompts, recipe.concepts)
-        latent_size = self.latent_shape(recipe.height, recipe.width)[1:]
-        plan = Plan(
-            unet=self.unet, schedule=self.schedule,
-            cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width, recipe.clip_skip),
-            token_weights=token_weights, config=recipe.config, steps=recipe.steps, guidance=recipe.guidance,
-            anchors=len(recipe.prompts), seed=recipe.seeds[0], latent_size=latent_size, recorded=subject.recorded,
-            recorder=recorder,
-        )
-        told = tell(plan, latents.to(self.device, torch.float32), on_step)
-        settings = {
-            "model": self.name, "vae": self.other_vae, "loras": [[str(file.path), file.weight] for file in self.loras],
-            "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
-            "clip_skip": recipe.clip_skip, "anchors": plan.anchors, "width": recipe.width, "height": recipe.height,
-            "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
-        }
+        height, width = recipe.height, recipe.width
+        context, pooled = self._contexts(prompts, recipe.negative_prompt, recipe.clip_skip)
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(context), 6)
+        x = latents.to(self.device, torch.float32)
+        with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
+            plan = Plan(
+                unet=self.unet, schedule=self.schedule,
+                cond=Conditioning(self.unet.prompt_keys(context), pooled, sizes),
+                token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
+                guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
+                latent_size=self.latent_shape(height, width)[1:], recorded=subject.recorded, recorder=recorder,
+            )
+            told = tell(plan, x, on_step)
+            del plan  # its keys and values of the prompts take memory that decoding may need
         if subject.recorded is None:
-            subject = replace(subject, masks={stride: mask[: plan.anchors] for stride, mask in told.masks.items()})
+            anchors = len(recipe.prompts)
+            subject = replace(subject, masks={stride: mask[:anchors] for stride, mask in told.masks.items()})
+        chosen = list(places)
         return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=recipe.concepts, seeds=seeds, settings=settings,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=subject,
+            images=self.decode(told.latents[chosen], on_picture),
+            prompts=[prompts[i] for i in chosen], concepts=recipe.concepts, seeds=[seeds[i] for i in chosen],
+            settings=settings, latents=told.latents[chosen], masks={s: mask[chosen] for s, mask in told.masks.items()},
+            nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in told.nearest.items()},
+            subject=subject,
         )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -308,37 +353,47 @@ class ConsiStory:
 
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
-        ids = [tok.encode(prompts, warn=i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
-        (first, _), (second, pooled) = (encode(x, clip_skip) for encode, x in zip(self.text_encoders, ids, strict=True))
+        encoded = []
+        for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
+            ids = tokenizer.encode(prompts, warn=i == 0).to(self.device)
+            with on_device(encoder, self.device):
+                encoded.append(encoder(ids, clip_skip))
+        (first, _), (second, pooled) = encoded
         return torch.cat([first, second], dim=-1), pooled
 
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding needs the most memory.
+    def decode(self, latents: Tensor, on_picture: OnPicture = lambda index, image: None) -> NDArray[np.uint8]:
+        """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding takes much memory.
 
-        Raises ConsistoryError if latents are not finite.
+        on_picture: called as on_picture(index, image) after each.
+        Raises ConsistoryError if latents, or the pictures that the autoencoder makes of them, are not finite.
         """
-        if not latents.isfinite().all():
-            raise ConsistoryError("the model's output is not finite: use dtype bfloat16 or float32")
-        z = (latents / self.vae.config.scaling_factor).to(self.vae.post_quant_conv.weight.dtype)
-        pictures = torch.cat([self.vae.decode(one).float() for one in z.split(1)])
-        pixels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        check_finite("the model's output", latents, self.dtype)
+        dtype = self.vae.post_quant_conv.weight.dtype
+        z = (latents / self.vae.config.scaling_factor).to(self.device, dtype)
+        large = math.prod(z.shape[-2:]) * self.vae.config.stride**2 > WHOLE_PIXELS
+        tile = self.tile or (TILE if large else None)
+        decode = self.vae.decode if tile is None else partial(tiled_decode, self.vae, tile=tile)
+        pictures = []
+        with on_device(self.vae, self.device):
+            for index, one in enumerate(z.split(1)):
+                picture = decode(one).float()[0]
+                check_finite("the autoencoder's output", picture, dtype)
+                pixels = ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                pictures.append(pixels.permute(1, 2, 0).cpu().numpy())
+                on_picture(index, pictures[-1])
+        return np.stack(pictures)
 
-    def _conditioning(
-        self, prompts: list[str], negative_prompt: str | None, height: int, width: int, clip_skip: int
-    ) -> Conditioning:
-        """Unconditional half, then conditional half: 2 N samples."""
+    def _contexts(self, prompts: list[str], negative_prompt: str | None, clip_skip: int) -> tuple[Tensor, Tensor]:
+        """Context and pooled state of 2 N samples: the unconditional half, then the conditional half."""
         context, pooled = self.encode_prompts(prompts, clip_skip)
         if negative_prompt is None and self.zero_negative:
             negative = torch.zeros_like(context), torch.zeros_like(pooled)
         else:
             one_context, one_pooled = self.encode_prompts([negative_prompt or ""])
             negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        keys = self.unet.prompt_keys(torch.cat([negative[0], context]))
-        return Conditioning(keys, torch.cat([negative[1], pooled]), sizes)
+        return torch.cat([negative[0], context]), torch.cat([negative[1], pooled])
 
-    def _token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
+    def token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""
         if not concepts:
             return torch.zeros(len(prompts), self.tokenizers[0].length, 0, device=self.device)

@@ -83,10 +83,10 @@ class Recorded:
         self.layers = self_attentions(unet)
         self._file = safe_open(path, "pt")
         self._names = set(self._file.keys())
-        self._strides, self._like = unet.strides, unet.conv_in.weight
+        self._unet = unet
 
     def call(self, call: Call) -> RecordedCall:
-        return RecordedCall(self, call, self._masks({s: _mask_name(call, s) for s in self._strides}))
+        return RecordedCall(self, call, self._masks({s: _mask_name(call, s) for s in self._unet.strides}))
 
     @property
     def dift(self) -> Tensor:
@@ -96,13 +96,13 @@ class Recorded:
     @cached_property
     def masks(self) -> dict[int, Tensor]:
         """{stride: bool [A, P]}, the final ones; empty without injection."""
-        return self._masks({s: f"masks.{s}" for s in self._strides})
+        return self._masks({s: f"masks.{s}" for s in self._unet.strides})
 
     def rows(self, name: str) -> Tensor:
-        return self._file.get_tensor(name).to(self._like)
+        return self._file.get_tensor(name).to(self._unet.conv_in.weight)
 
     def _masks(self, names: Mapping[int, str]) -> dict[int, Tensor]:
-        device = self._like.device
+        device = self._unet.conv_in.weight.device
         return {s: self._file.get_tensor(name).to(device) for s, name in names.items() if name in self._names}
 
 

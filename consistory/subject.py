@@ -10,25 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_latents, check_prompts, compose_prompts, expand_seeds, initial_noise
+from .arguments import (
+    check_choice,
+    check_chunk,
+    check_latents,
+    check_prompts,
+    compose_prompts,
+    expand_seeds,
+    initial_noise,
+)
 from .config import ConsistoryConfig
+from .images import describe
 from .recording import Recorded, Recorder, most_tensors
 from .story import OnStep
 from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
-    from .model import ConsiStory, Story
+    from .model import Choose, ConsiStory, OnPicture, Story
 
 FORMAT = "consistory subject 2"
 
@@ -75,12 +85,15 @@ class Subject:
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None, latents: Tensor | None = None, chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
+        choose: Choose = lambda record: range(len(record["prompts"])),
+        on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; anchors are run along if not recorded.
 
         seed: as for a story; by default the seeds go on after those used so far. `latents` [N, 4, h, w] are noise
             given outright.
         chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
+        on_step, choose, on_picture: as for a story. Only new pictures count.
 
         Raises ConsistoryError, before any work, if the arguments do not fit.
         """
@@ -91,29 +104,70 @@ class Subject:
         shape = self.pipe.latent_shape(recipe.height, recipe.width)
         noise = initial_noise(seeds, shape) if latents is None else latents
         check_latents(noise, (len(prompts), *shape))
-        if chunk is not None and chunk < 1:
-            raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
-        size = chunk or len(prompts)
-        starts = range(0, len(prompts), size)
+        check_chunk(chunk)
+        subject = replace(self, recipe=replace(recipe, next_seed=max(recipe.next_seed, max(seeds) + 1)))
+        anchors = len(recipe.prompts)
+        return subject.draw(
+            recipe.prompts + prompts, recipe.seeds + seeds, torch.cat([self._noise().to(noise), noise]), first=anchors,
+            given=latents, chunk=chunk, on_step=on_step, choose=choose, on_picture=on_picture,
+        )
 
-        def part(number: int, start: int) -> Story:
-            def on_part(done: int, total: int) -> None:
-                on_step(number * total + done, len(starts) * total)
+    def draw(
+        self, prompts: list[str], seeds: list[int], noise: Tensor, *, first: int = 0, given: Tensor | None,
+        chunk: int | None, record: str | Path | None = None, on_step: OnStep, choose: Choose, on_picture: OnPicture,
+    ) -> Story:
+        """What a story and its extension share. prompts, seeds, noise [N, 4, h, w]: of anchors, then of all others.
 
-            new = slice(start, start + size)
-            return self._extend(prompts[new], seeds[new], noise[new], on_part)
+        first: the pictures from this one on are the story's; `choose` and `on_picture` know no others.
+        given: noise that was given outright.  record: a file for what others need of the anchors.
+        """
+        pipe, config, anchors = self.pipe, self.recipe.config, len(self.recipe.prompts)
+        pipe.token_weights(prompts, self.recipe.concepts)  # raises if a prompt lacks a concept
+        settings = self._settings(given)
+        story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
+        chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
+        subject = self
+        parts = [self._no_pictures(settings)]
+        batches = split(chosen, anchors, chunk)
+        for number, batch in enumerate(batches):
+            along = range(anchors) if subject.recorded is None and (config.sdsa or config.injection) else ()
+            run = sorted({*batch, *along})
+            with nullcontext() if record is None or number else self.recording(record) as recorder:
+                part = pipe.draw(
+                    subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
+                    places=[run.index(i) for i in batch], recorder=recorder,
+                    on_step=lambda done, total, number=number: on_step(number * total + done, len(batches) * total),
+                    on_picture=lambda place, image, batch=batch: on_picture(batch[place] - first, image),
+                )
+            subject = part.subject
+            if recorder is not None:
+                subject = replace(subject, recorded=Recorded(record, pipe.unet))
+            parts.append(replace(part, subject=subject))
+        return parts[0].join(parts[1:])
 
-        first, *others = [part(number, start) for number, start in enumerate(starts)]
-        return first.join(others)
+    def _settings(self, given: Tensor | None) -> dict[str, Any]:
+        """How the subject's pictures are made, as JSON would hold it."""
+        pipe, recipe = self.pipe, self.recipe
+        outright = [noise for noise in (self.latents, given) if noise is not None]
+        digest = hashlib.sha256(b"".join(noise.float().cpu().numpy().tobytes() for noise in outright)).hexdigest()
+        return {
+            "model": pipe.name, "vae": pipe.other_vae, "loras": [[str(file.path), file.weight] for file in pipe.loras],
+            "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
+            "clip_skip": recipe.clip_skip, "anchors": len(recipe.prompts), "width": recipe.width,
+            "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
+            "fingerprint": pipe.fingerprint, "latents": digest if outright else None,
+            "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
+        }
 
-    def _extend(self, prompts: list[str], seeds: list[int], latents: Tensor, on_step: OnStep) -> Story:
-        recipe = replace(self.recipe, next_seed=max(self.recipe.next_seed, max(seeds) + 1))
-        subject = replace(self, recipe=recipe)
-        if self.recorded is not None:
-            return self.pipe.draw(subject, prompts, seeds, latents, on_step=on_step)
-        noise = torch.cat([self._noise().to(latents), latents])
-        together = self.pipe.draw(subject, recipe.prompts + prompts, recipe.seeds + seeds, noise, on_step=on_step)
-        return together.select(slice(len(recipe.prompts), None))
+    def _no_pictures(self, settings: dict[str, Any]) -> Story:
+        from .model import Story
+
+        height, width = self.recipe.height, self.recipe.width
+        return Story(
+            images=np.empty((0, height, width, 3), np.uint8), prompts=[], concepts=self.recipe.concepts, seeds=[],
+            settings=settings, latents=torch.empty(0, *self.pipe.latent_shape(height, width), device=self.pipe.device),
+            masks={}, nearest={}, subject=self,
+        )
 
     def _noise(self) -> Tensor:
         """The anchors', [A, 4, h, w]."""
@@ -140,11 +194,11 @@ class Subject:
         Raises ConsistoryError if the file cannot be written. For the size see `consistory.recording`.
         """
         again, recipe = replace(self, recorded=None), self.recipe
-        with again.recording(path) as recorder:
-            story = self.pipe.draw(
-                again, recipe.prompts, recipe.seeds, self._noise(), recorder=recorder, on_step=on_step
-            )
-        return replace(story.subject, recorded=Recorded(path, self.pipe.unet))
+        story = again.draw(
+            recipe.prompts, recipe.seeds, self._noise(), given=None, chunk=None, record=path, on_step=on_step,
+            choose=lambda record: range(len(recipe.prompts)), on_picture=lambda index, image: None,
+        )
+        return story.subject
 
     @contextmanager
     def recording(self, path: str | Path) -> Iterator[Recorder]:
@@ -191,6 +245,14 @@ class Subject:
         recipe = Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])})
         recorded = Recorded(path, pipe.unet) if metadata["grade"] == "recording" else None
         return cls(pipe, recipe, masks, latents, recorded)
+
+
+def split(chosen: list[int], anchors: int, chunk: int | None) -> list[list[int]]:
+    """Pictures to draw at a time: the anchors among them with the first `chunk` others, then `chunk` at a time."""
+    own, others = [i for i in chosen if i < anchors], [i for i in chosen if i >= anchors]
+    size = chunk or max(len(others), 1)
+    first, *later = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
+    return [batch for batch in (own + first, *later) if batch]
 
 
 def identity(pipe: ConsiStory) -> str:

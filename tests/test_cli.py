@@ -105,7 +105,11 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert not out.exists()
 
 
-OTHER_FACTS = {"version", "model", "vae", "loras", "dtype", "seeds", "files", "grid"}  # of a record: no arguments
+# Of a record, what is no argument of the call.
+OTHER_FACTS = {
+    "version", "model", "vae", "loras", "fingerprint", "dtype", "seeds", "anchor_prompts", "anchor_seeds", "files",
+    "grid",
+}  # fmt: skip
 
 
 def test_the_record_makes_the_same_pictures(tmp_path: Path) -> None:
@@ -294,7 +298,6 @@ class Listener:
         self.act = act
         self.loaded: tuple[Any, ...] = ()
         self.called: dict[str, Any] = {}
-        self.saved: list[Path] = []
 
     def from_pretrained(self, name: str, **options: Any) -> Listener:
         self.loaded = ("folder", name, options)
@@ -305,12 +308,18 @@ class Listener:
         return self
 
     def __call__(self, **arguments: Any) -> Listener:
+        on_step, choose, on_picture = (arguments.pop(name) for name in ("on_step", "choose", "on_picture"))
         self.called = arguments
-        self.act(arguments.pop("on_step"))
+        chosen = choose({"prompts": arguments["settings"], "seeds": [0] * len(arguments["settings"])})
+        self.act(on_step)
+        for index in chosen:
+            on_picture(index, np.zeros((8, 8, 3), np.uint8))
         return self
 
-    def save(self, folder: Path) -> None:
-        self.saved.append(folder)
+    @property
+    def saved(self) -> list[Path]:
+        """Folders with a finished story."""
+        return [path.parent for path in Path().rglob("story.json")]
 
 
 @pytest.fixture
