@@ -346,6 +346,15 @@ class ConsiStory:
             subject=subject,
         )
 
+    def no_pictures(self, subject: Subject, settings: dict[str, Any]) -> Story:
+        """A story that others can be joined to."""
+        height, width = subject.recipe.height, subject.recipe.width
+        return Story(
+            images=np.empty((0, height, width, 3), np.uint8), prompts=[], concepts=subject.recipe.concepts, seeds=[],
+            settings=settings, latents=torch.empty(0, *self.latent_shape(height, width), device=self.device),
+            masks={}, nearest={}, subject=subject,
+        )
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height and width of the latents of a picture of so many pixels."""
         stride = self.vae.config.stride

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -127,7 +126,7 @@ class Subject:
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
         subject = self
-        parts = [self._no_pictures(settings)]
+        parts = [pipe.no_pictures(self, settings)]
         batches = split(chosen, anchors, chunk)
         for number, batch in enumerate(batches):
             along = range(anchors) if subject.recorded is None and (config.sdsa or config.injection) else ()
@@ -158,16 +157,6 @@ class Subject:
             "fingerprint": pipe.fingerprint, "latents": digest if outright else None,
             "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
         }
-
-    def _no_pictures(self, settings: dict[str, Any]) -> Story:
-        from .model import Story
-
-        height, width = self.recipe.height, self.recipe.width
-        return Story(
-            images=np.empty((0, height, width, 3), np.uint8), prompts=[], concepts=self.recipe.concepts, seeds=[],
-            settings=settings, latents=torch.empty(0, *self.pipe.latent_shape(height, width), device=self.pipe.device),
-            masks={}, nearest={}, subject=self,
-        )
 
     def _noise(self) -> Tensor:
         """The anchors', [A, 4, h, w]."""
