@@ -86,6 +86,18 @@ def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture) -> None
     assert f"look at {tmp_path / 'more' / 'grid.png'}" in capsys.readouterr().out
 
 
+def test_saving_memory_changes_no_picture(tmp_path: Path) -> None:
+    story = [*CAT, "in space", "in a meadow", "--steps", "4", "--quiet"]
+    assert command(*story, "--out", tmp_path / "plain") == 0
+    assert command(*story, "--chunk", "1", "--offload", "--tile", "16", "--out", tmp_path / "sparing") == 0
+    plain, sparing = (contents(tmp_path / folder) for folder in ("plain", "sparing"))
+    assert plain.keys() == sparing.keys()
+    assert json.loads(plain["story.json"]) == json.loads(sparing["story.json"])
+    for name in ("01.png", "02.png", "03.png", "04.png"):
+        one, other = (np.asarray(Image.open(io.BytesIO(files[name]))).astype(int) for files in (plain, sparing))
+        assert np.abs(one - other).max() <= 1
+
+
 @pytest.mark.parametrize("content", [None, b"not safetensors"], ids=["missing", "another file"])
 def test_what_is_no_subject_is_refused(tmp_path: Path, capsys: Capture, content: bytes | None) -> None:
     kept = tmp_path / "cat.safetensors"
@@ -165,6 +177,8 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "negative height": ([*CAT, "--height", "-64"], "multiples of 32"),
     "seeds for other images": ([*CAT, "--seed", "1", "2", "3"], "give one seed, or one per picture"),
     "negative seed": ([*CAT, "--seed", "-1"], "use whole numbers from 0"),
+    "empty chunks": ([*CAT, "--chunk", "0"], "use 1 or more"),
+    "empty tiles": ([*CAT, "--tile", "0"], "use 1 or more"),
     "unknown device": ([*CAT, "--device", "abacus"], "use cpu, cuda or mps"),
     "absent device": ([*CAT, "--device", "cuda:99"], "use cpu, cuda or mps"),
     "absent variant": ([*CAT, "--variant", "fp8"], "fp8"),
@@ -320,15 +334,19 @@ def listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Lis
     return install
 
 
+IN_MEMORY = {"offload": False, "tile": None}  # how a model is held by default
+
+
 def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     listener = listen()
     assert command(*CAT) == 0
-    assert listener.loaded == ("folder", "sprites", {"device": "cpu", "dtype": torch.float32, "variant": None})
+    how = {"device": "cpu", "dtype": torch.float32, "variant": None, **IN_MEMORY}
+    assert listener.loaded == ("folder", "sprites", how)
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
         "steps": 50, "guidance": 5.0, "negative_prompt": None, "anchors": None, "width": None, "height": None,
-        "config": ConsistoryConfig(),
+        "chunk": None, "config": ConsistoryConfig(),
     }
     assert listener.saved == [Path("story")]
 
@@ -338,13 +356,15 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
     options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16"
+    options += " --offload --tile 64 --chunk 3"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
-    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", {"device": "mps", "dtype": torch.bfloat16})
+    how = {"device": "mps", "dtype": torch.bfloat16, "offload": True, "tile": 64}
+    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", how)
     config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
     assert listener.called == {
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
-        "anchors": 1, "width": 832, "height": 1216,
+        "anchors": 1, "width": 832, "height": 1216, "chunk": 3,
         "config": config,
     }
     assert listener.saved == [Path("there")]
@@ -387,7 +407,7 @@ def test_device_and_type(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     listener = listen()
     assert command(*CAT, *options, "--variant", "fp16") == 0
-    assert listener.loaded == ("folder", "sprites", {"device": device, "dtype": dtype, "variant": "fp16"})
+    assert listener.loaded == ("folder", "sprites", {"device": device, "dtype": dtype, "variant": "fp16"} | IN_MEMORY)
 
 
 def test_quiet_says_nothing(listen: Callable[..., Listener], capsys: Capture) -> None:
@@ -466,6 +486,7 @@ def test_progress_does_without_tqdm(listen: Callable[..., Listener], monkeypatch
 OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
+    "chunk", "offload", "tile",
 }
 
 
