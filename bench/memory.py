@@ -300,8 +300,9 @@ def profiled(call: Callable[[], None]) -> int:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    live = sorted((e["ts"], e["args"]["Bytes"], e["args"]["Total Allocated"]) for e in events if e["name"] == "[memory]")
-    return max(total for *_, total in live) - (live[0][2] - live[0][1])
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in memory) - before
 
 
 def growth(call: Callable[[], None]) -> int:

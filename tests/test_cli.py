@@ -86,6 +86,18 @@ def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture) -> None
     assert f"look at {tmp_path / 'more' / 'grid.png'}" in capsys.readouterr().out
 
 
+def test_saving_memory_changes_no_picture(tmp_path: Path) -> None:
+    story = [*CAT, "in space", "in a meadow", "--steps", "4", "--quiet"]
+    assert command(*story, "--out", tmp_path / "plain") == 0
+    assert command(*story, "--chunk", "1", "--offload", "--tile", "16", "--out", tmp_path / "sparing") == 0
+    plain, sparing = (contents(tmp_path / folder) for folder in ("plain", "sparing"))
+    assert plain.keys() == sparing.keys()
+    assert json.loads(plain["story.json"]) == json.loads(sparing["story.json"])
+    for name in ("01.png", "02.png", "03.png", "04.png"):
+        one, other = (np.asarray(Image.open(io.BytesIO(files[name]))).astype(int) for files in (plain, sparing))
+        assert np.abs(one - other).max() <= 1
+
+
 @pytest.mark.parametrize("content", [None, b"not safetensors"], ids=["missing", "another file"])
 def test_what_is_no_subject_is_refused(tmp_path: Path, capsys: Capture, content: bytes | None) -> None:
     kept = tmp_path / "cat.safetensors"
@@ -170,6 +182,8 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "negative height": ([*CAT, "--height", "-64"], "multiples of 32"),
     "seeds for other images": ([*CAT, "--seed", "1", "2", "3"], "give one seed, or one per picture"),
     "negative seed": ([*CAT, "--seed", "-1"], "use whole numbers from 0"),
+    "empty chunks": ([*CAT, "--chunk", "0"], "use 1 or more"),
+    "empty tiles": ([*CAT, "--tile", "0"], "use 1 or more"),
     "unknown device": ([*CAT, "--device", "abacus"], "use cpu, cuda or mps"),
     "absent device": ([*CAT, "--device", "cuda:99"], "use cpu, cuda or mps"),
     "absent variant": ([*CAT, "--variant", "fp8"], "fp8"),
@@ -334,16 +348,19 @@ def listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Lis
     return install
 
 
+AS_IT_IS = {"vae": None, "loras": [], "offload": False, "tile": None}  # how a model is held by default
+
+
 def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     listener = listen()
     assert command(*CAT) == 0
-    plain = {"variant": None, "vae": None, "loras": []}
-    assert listener.loaded == ("folder", "sprites", {"device": "cpu", "dtype": torch.float32, **plain})
+    how = {"device": "cpu", "dtype": torch.float32, "variant": None, **AS_IT_IS}
+    assert listener.loaded == ("folder", "sprites", how)
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
         "steps": 50, "guidance": 5.0, "negative_prompt": None, "clip_skip": 0, "anchors": None, "width": None,
-        "height": None, "config": ConsistoryConfig(),
+        "height": None, "chunk": None, "config": ConsistoryConfig(), "record": None,
     }
     assert listener.saved == [Path("story")]
 
@@ -353,16 +370,16 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
     options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16 --clip-skip 1"
-    options += " --vae vae.safetensors --lora a.safetensors --lora b.safetensors:-0.5"
+    options += " --vae vae.safetensors --lora a.safetensors --lora b.safetensors:-0.5 --offload --tile 64 --chunk 3"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
     added = {"vae": "vae.safetensors", "loras": [("a.safetensors", 1.0), ("b.safetensors", -0.5)]}
-    expected = {"device": "mps", "dtype": torch.bfloat16, **added}
-    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", expected)
+    how = {"device": "mps", "dtype": torch.bfloat16, "offload": True, "tile": 64, **added}
+    assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", how)
     config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
     assert listener.called == {
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
-        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216,
+        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216, "chunk": 3, "record": None,
         "config": config,
     }
     assert listener.saved == [Path("there")]
@@ -405,8 +422,7 @@ def test_device_and_type(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     listener = listen()
     assert command(*CAT, *options, "--variant", "fp16") == 0
-    expected = {"device": device, "dtype": dtype, "variant": "fp16", "vae": None, "loras": []}
-    assert listener.loaded == ("folder", "sprites", expected)
+    assert listener.loaded == ("folder", "sprites", {"device": device, "dtype": dtype, "variant": "fp16"} | AS_IT_IS)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +517,7 @@ def test_progress_does_without_tqdm(listen: Callable[..., Listener], monkeypatch
 OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
-    "vae", "lora", "clip-skip",
+    "vae", "lora", "clip-skip", "chunk", "offload", "tile",
 }
 
 

@@ -188,6 +188,46 @@ def test_latents_that_are_not_finite(pipe: ConsiStory) -> None:
         pipe.decode(latents)
 
 
+@pytest.fixture
+def half(golden_weights: Path) -> ConsiStory:
+    return ConsiStory.from_pretrained(golden_weights, dtype=torch.float16)
+
+
+def test_a_decoder_that_overflows_in_float16_draws_in_float32_or_not_at_all(half: ConsiStory) -> None:
+    """As SDXL's does. These weights are scaled ahead of a norm, so that the picture stays as it was."""
+    before = half(**QUICK).images
+    with torch.no_grad():
+        half.vae.post_quant_conv.weight.mul_(1e6)
+        half.vae.post_quant_conv.bias.mul_(1e6)
+        half.vae.decoder.conv_in.weight.mul_(1e-6)
+    assert np.abs(half(**QUICK).images.astype(int) - before).max() <= 1
+    assert before.std() > 1
+    half.vae.half()
+    half.vae.decoder.conv_in.weight.fill_(1e-3)
+    with pytest.raises(ConsistoryError, match=r"autoencoder's output .* dtype float16: use dtype bfloat16 or float32"):
+        half(**QUICK)
+
+
+def test_tiles_do_not_hide_an_overflow(half: ConsiStory) -> None:
+    half.vae.half()
+    half.vae.post_quant_conv.weight.fill_(6e4)
+    with pytest.raises(ConsistoryError, match="not finite in dtype float16"):
+        replace(half, tile=8).decode(10 + randn(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("config", [VANILLA, ConsistoryConfig()], ids=["vanilla", "consistent"])
+def test_a_unet_that_overflows_is_told(half: ConsiStory, config: ConsistoryConfig) -> None:
+    half.unet.conv_out.weight.fill_(6e4)
+    with pytest.raises(ConsistoryError, match=r"model's output .* dtype float16: use dtype bfloat16 or float32"):
+        half(**(QUICK | {"steps": 4, "config": config}))
+
+
+@pytest.mark.parametrize("tile", [0, -8])
+def test_a_tile_has_rows(golden_weights: Path, tile: int) -> None:
+    with pytest.raises(ConsistoryError, match="use 1 or more"):
+        ConsiStory.from_pretrained(golden_weights, tile=tile)
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,54 @@ def test_chunks_do_not_matter(anchors: Story, whole: Story) -> None:
     torch.testing.assert_close(more.latents, whole.latents[2:], atol=1e-4, rtol=0)
     assert len(more.images) == len(more.masks[2]) == len(more.nearest[2].index) == 2
     assert [done for done, _ in ticks] == list(range(1, ticks[-1][1] + 1))
+
+
+@pytest.mark.parametrize("chunk, calls", [(1, [6, 6]), (2, [8])])
+def test_a_story_in_chunks_is_the_same_story(
+    pipe: ConsiStory, whole: Story, monkeypatch: pytest.MonkeyPatch, chunk: int, calls: list[int]
+) -> None:
+    """At most so many pictures beside the anchors, in both guidance halves, are in a call of the UNet."""
+    ticks: list[tuple[int, int]] = []
+    batches: list[int] = []
+    encode = pipe.unet.encode
+    monkeypatch.setattr(pipe.unet, "encode", lambda x, *others: batches.append(len(x)) or encode(x, *others))
+    story = pipe(
+        subject="a cute dog", settings=SETTINGS, seed=3, chunk=chunk, **SIZE,
+        on_step=lambda done, total: ticks.append((done, total)),
+    )  # fmt: skip
+    torch.testing.assert_close(story.latents, whole.latents, atol=1e-4, rtol=0)
+    assert np.abs(story.images.astype(int) - whole.images).max() <= 1
+    assert (story.prompts, story.seeds, story.settings) == (whole.prompts, whole.seeds, whole.settings)
+    assert all(torch.equal(story.masks[stride], mask) for stride, mask in whole.masks.items())
+    assert all(story.nearest[s].index.shape == nearest.index.shape for s, nearest in whole.nearest.items())
+    assert story.subject.recipe == whole.subject.recipe
+    assert [size for i, size in enumerate(batches) if i % (len(batches) // len(calls)) == 0] == calls
+    assert set(batches) == set(calls)
+    assert ticks == [(done, ticks[-1][1]) for done in range(1, ticks[-1][1] + 1)]
+
+
+def test_plain_pictures_in_chunks(pipe: ConsiStory) -> None:
+    plain = {"subject": "a cute dog", "settings": SETTINGS[:3], "config": ConsistoryConfig.vanilla(), "anchors": 1}
+    story, whole = pipe(**plain, chunk=1, **SIZE), pipe(**plain, **SIZE)
+    torch.testing.assert_close(story.latents, whole.latents, atol=1e-4, rtol=0)
+
+
+def test_seeds_go_on_after_those_of_every_chunk(pipe: ConsiStory) -> None:
+    quick = {"subject": "a dog", "settings": SETTINGS, "seed": [5, 1, 90, 2], "steps": 1, "width": 64, "height": 64}
+    assert pipe(**quick, chunk=1).subject.recipe.next_seed == 91
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({"chunk": 0}, "use 1 or more"), ({"chunk": 1, "latents": torch.zeros(4, 4, 16, 16)}, "give seeds"),
+     ({"chunk": 1, "settings": None, "prompts": ["a dog"] * 3 + ["a cat"]}, "'a cat'")],
+)  # fmt: skip
+def test_chunks_that_cannot_be_are_refused_before_any_work(
+    pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch, arguments: dict, says: str
+) -> None:
+    monkeypatch.setattr(type(pipe), "encode_prompts", None)
+    with pytest.raises(ConsistoryError, match=says):
+        pipe(**{"subject": "a dog", "settings": SETTINGS, **SIZE, **arguments})
 
 
 def test_a_saved_subject_goes_on(anchors: Story, whole: Story, pipe: ConsiStory, tmp_path: Path) -> None:
