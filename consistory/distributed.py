@@ -124,7 +124,7 @@ def draw_on_ranks(
         nonlocal agreed
         pictures = choose(record)
         agreed = True
-        return list(ranks.agree(pictures))[rank::size]
+        return sorted(ranks.agree(pictures))[rank::size]
 
     try:
         share = draw(*arguments, choose=choose_share, **options)
