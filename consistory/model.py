@@ -32,16 +32,13 @@ from .arguments import (
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
-from .images import Pixels, Record, describe, save_story
+from .images import Choose, OnPicture, describe, every_picture, save_story
 from .story import OnStep, Plan, tell
 from .subject import Recipe, Subject, fingerprint
 from .text import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
-
-Choose = Callable[[Record], Sequence[int]]  # a story's record -> indices of the pictures to draw
-OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 
@@ -203,7 +200,7 @@ class ConsiStory:
         latents: Tensor | None = None,
         config: ConsistoryConfig | None = None,
         on_step: OnStep = lambda done, total: None,
-        choose: Choose = lambda record: range(len(record["prompts"])),
+        choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
@@ -233,9 +230,10 @@ class ConsiStory:
         seeds = expand_seeds(seed, images)
         concepts = self._concepts(concepts, subject, config)
         token_weights = self._token_weights(prompts, concepts)
+        self.tokenizers[0].encode(prompts)  # warns of what is cut off, whichever pictures are drawn
         stride = self.vae.config.stride
         size = height // stride, width // stride
-        noise = None if latents is None else hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()
+        noise_given = latents is not None
         if latents is None:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
         check_latents(latents, (images, self.unet.config.channels, *size))
@@ -243,7 +241,8 @@ class ConsiStory:
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
-            "config": asdict(config), "fingerprint": self.fingerprint, "latents": noise,
+            "config": asdict(config), "fingerprint": self.fingerprint,
+            "latents": digest(latents) if noise_given else None,
             "anchor_prompts": prompts[:anchors], "anchor_seeds": seeds[:anchors],
         }
         recipe = Recipe(
@@ -280,9 +279,9 @@ class ConsiStory:
             subject=Subject(self, recipe, masks),
         )
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
-        ids = [tok.encode(prompts, warn=i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
+        ids = [tok.encode(prompts, warn=warn and i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
         (first, _), (second, pooled) = (encode(x) for encode, x in zip(self.text_encoders, ids, strict=True))
         return torch.cat([first, second], dim=-1), pooled
 
@@ -303,7 +302,7 @@ class ConsiStory:
 
     def _conditioning(self, prompts: list[str], negative_prompt: str | None, height: int, width: int) -> Conditioning:
         """Unconditional half, then conditional half: 2 N samples."""
-        context, pooled = self.encode_prompts(prompts)
+        context, pooled = self.encode_prompts(prompts, warn=False)
         if negative_prompt is None and self.zero_negative:
             negative = torch.zeros_like(context), torch.zeros_like(pooled)
         else:
@@ -337,3 +336,7 @@ class ConsiStory:
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise ConsistoryError(f"size {width}x{height} does not fit the model: use multiples of {multiple} pixels")
         return height, width
+
+
+def digest(x: Tensor) -> str:
+    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()

@@ -23,11 +23,11 @@ from consistory.weights.errors import ConsistoryError
 
 from .arguments import check_choice, check_prompts, compose_prompts, expand_seeds
 from .config import ConsistoryConfig
-from .images import Record
+from .images import Choose, OnPicture, Record, every_picture
 from .story import OnStep
 
 if TYPE_CHECKING:
-    from .model import Choose, ConsiStory, OnPicture, Story
+    from .model import ConsiStory, Story
 
 FORMAT = "consistory subject 1"
 
@@ -66,7 +66,7 @@ class Subject:
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None, chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
-        choose: Choose = lambda record: range(len(record["prompts"])),
+        choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; the anchors are run along with them.
@@ -83,8 +83,11 @@ class Subject:
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
         if chunk is not None and chunk < 1:
             raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
+        # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
+        tokenizer = self.pipe.tokenizers[0]
         for concept in recipe.concepts:
-            self.pipe.tokenizers[0].concept_positions(prompts, concept)  # raises if a prompt lacks it
+            tokenizer.concept_positions(prompts, concept)
+        tokenizer.encode(prompts)
 
         anchors = len(recipe.prompts)
         chosen: list[int] = []

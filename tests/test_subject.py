@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,6 +43,27 @@ def test_chunks_do_not_matter(anchors: Story, whole: Story) -> None:
     torch.testing.assert_close(more.latents, whole.latents[2:], atol=1e-4, rtol=0)
     assert len(more.images) == len(more.masks[2]) == len(more.nearest[2].index) == 2
     assert [done for done, _ in ticks] == list(range(1, ticks[-1][1] + 1))
+
+
+def test_chosen_pictures_of_an_extension(anchors: Story, whole: Story) -> None:
+    records, pictures = [], {}
+    more = anchors.subject.extend(
+        [*SETTINGS[2:], "by night"], chunk=1, choose=lambda record: records.append(record) or [2, 1],
+        on_picture=pictures.__setitem__,
+    )  # fmt: skip
+    assert more.seeds == [6, 7] and list(pictures) == [1, 2]
+    assert all(np.array_equal(pictures[1 + i], more.images[i]) for i in (0, 1))
+    torch.testing.assert_close(more.latents[:1], whole.latents[3:], atol=1e-4, rtol=0)
+    (record,) = records
+    assert record["prompts"] == [*whole.prompts[2:], "a cute dog by night"] and record["seeds"] == [5, 6, 7]
+    assert (record["anchor_prompts"], record["anchor_seeds"]) == (whole.prompts[:2], [3, 4])
+    assert more.subject.recipe == replace(anchors.subject.recipe, next_seed=8)
+
+
+def test_a_wrong_prompt_stops_all_chunks_before_they_start(anchors: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consistory.model.tell", None)
+    with pytest.raises(ConsistoryError, match="'a cat'"):
+        anchors.subject.extend(prompts=["a dog", "a cat"], chunk=1)
 
 
 def test_a_saved_subject_goes_on(anchors: Story, whole: Story, pipe: ConsiStory, tmp_path: Path) -> None:
