@@ -251,8 +251,9 @@ def warnings_on_stderr(show: bool) -> Iterator[None]:
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return message not in seen and not seen.add(message)
+        before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > before
 
     handler = logging.StreamHandler() if show else logging.NullHandler()
     handler.setLevel(logging.WARNING)

@@ -25,8 +25,8 @@ from torch import Tensor
 from consistory.weights.errors import ConsistoryError
 
 from .correspondence import Nearest
-from .images import Record
-from .model import Choose, Story
+from .images import Choose, Record, every_picture
+from .model import Story
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def draw_on_ranks(
     /,
     *arguments: Any,
     ranks: Ranks | None = None,
-    choose: Choose = lambda record: range(len(record["prompts"])),
+    choose: Choose = every_picture,
     **options: Any,
 ) -> Story:
     """The whole story, on every rank; each has drawn a share of it.
@@ -124,7 +124,7 @@ def draw_on_ranks(
         nonlocal agreed
         pictures = choose(record)
         agreed = True
-        return list(ranks.agree(pictures))[rank::size]
+        return sorted(ranks.agree(pictures))[rank::size]
 
     try:
         share = draw(*arguments, choose=choose_share, **options)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,8 @@ from consistory.weights.errors import ConsistoryError
 
 Pixels = NDArray[np.uint8]
 Record = dict[str, Any]  # how a story was made, as JSON would hold it
+Choose = Callable[[Record], Sequence[int]]  # a story's record -> indices of the pictures to draw
+OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 
 GRID = "grid.png"
 RECORD = "story.json"
@@ -85,7 +87,7 @@ class Album:
     def begin(self, record: Record) -> list[int]:
         """The indices of the pictures that the folder lacks. `record` describes the story."""
         self.record = record
-        return [index for index in range(len(record["prompts"])) if not self._holds(index)]
+        return [index for index in every_picture(record) if not self._holds(index)]
 
     def add(self, index: int, image: Pixels) -> None:
         """Write one picture, uint8 [H, W, 3]. Raises ConsistoryError if the folder cannot be written."""
@@ -158,6 +160,11 @@ def read_record(path: Path) -> Record | None:
             return {**json.loads(image.text["consistory"]), **made, "width": image.width, "height": image.height}
     except Exception:  # Pillow tells of damage by many exceptions
         return None
+
+
+def every_picture(record: Record) -> Sequence[int]:
+    """The indices of all pictures of a story."""
+    return range(len(record["prompts"]))
 
 
 def check_can_save(folder: Path) -> None:

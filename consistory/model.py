@@ -37,7 +37,7 @@ from .arguments import (
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
-from .images import Pixels, Record, save_story
+from .images import Choose, OnPicture, every_picture, save_story
 from .offload import on_device
 from .recording import Recorder
 from .story import OnStep, Plan, tell
@@ -47,9 +47,6 @@ from .tiling import tiled_decode
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
-
-Choose = Callable[[Record], Sequence[int]]  # a story's record -> indices of the pictures to draw
-OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 WHOLE_PIXELS = 1024 * 1024  # larger pictures are decoded in tiles: of this size, SDXL's decoder takes 2 GiB in float32
@@ -256,7 +253,7 @@ class ConsiStory:
         config: ConsistoryConfig | None = None,
         record: str | Path | None = None,
         on_step: OnStep = lambda done, total: None,
-        choose: Choose = lambda record: range(len(record["prompts"])),
+        choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
@@ -360,11 +357,13 @@ class ConsiStory:
         stride = self.vae.config.stride
         return self.unet.config.channels, height // stride, width // stride
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> tuple[Tensor, Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str], clip_skip: int = 0, *, warn: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
         encoded = []
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
-            ids = tokenizer.encode(prompts, warn=i == 0).to(self.device)
+            ids = tokenizer.encode(prompts, warn=warn and i == 0).to(self.device)
             with on_device(encoder, self.device):
                 encoded.append(encoder(ids, clip_skip))
         (first, _), (second, pooled) = encoded
@@ -394,7 +393,7 @@ class ConsiStory:
 
     def _contexts(self, prompts: list[str], negative_prompt: str | None, clip_skip: int) -> tuple[Tensor, Tensor]:
         """Context and pooled state of 2 N samples: the unconditional half, then the conditional half."""
-        context, pooled = self.encode_prompts(prompts, clip_skip)
+        context, pooled = self.encode_prompts(prompts, clip_skip, warn=False)
         if negative_prompt is None and self.zero_negative:
             negative = torch.zeros_like(context), torch.zeros_like(pooled)
         else:

@@ -31,13 +31,13 @@ from .arguments import (
     initial_noise,
 )
 from .config import ConsistoryConfig
-from .images import describe
+from .images import Choose, OnPicture, describe, every_picture
 from .recording import Recorded, Recorder, most_tensors
 from .story import OnStep
 from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
-    from .model import Choose, ConsiStory, OnPicture, Story
+    from .model import ConsiStory, Story
 
 FORMAT = "consistory subject 2"
 
@@ -84,7 +84,7 @@ class Subject:
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None, latents: Tensor | None = None, chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
-        choose: Choose = lambda record: range(len(record["prompts"])),
+        choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; anchors are run along if not recorded.
@@ -121,7 +121,9 @@ class Subject:
         given: noise that was given outright.  record: a file for what others need of the anchors.
         """
         pipe, config, anchors = self.pipe, self.recipe.config, len(self.recipe.prompts)
-        pipe.token_weights(prompts, self.recipe.concepts)  # raises if a prompt lacks a concept
+        # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
+        pipe.token_weights(prompts, self.recipe.concepts)
+        pipe.tokenizers[0].encode(prompts[first:])
         settings = self._settings(given)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
@@ -185,7 +187,7 @@ class Subject:
         again, recipe = replace(self, recorded=None), self.recipe
         story = again.draw(
             recipe.prompts, recipe.seeds, self._noise(), given=None, chunk=None, record=path, on_step=on_step,
-            choose=lambda record: range(len(recipe.prompts)), on_picture=lambda index, image: None,
+            choose=every_picture, on_picture=lambda index, image: None,
         )
         return story.subject
 

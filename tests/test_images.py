@@ -6,16 +6,28 @@ import json
 import math
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import check_whole, save_until_killed
 
 from consistory import ConsistoryError
-from consistory.images import Pixels, check_can_save, make_grid, save_story, write_atomically
+from consistory.images import (
+    Album,
+    Pixels,
+    Record,
+    check_can_save,
+    describe,
+    encode_png,
+    make_grid,
+    save_story,
+    write_atomically,
+)
 
 SETTINGS = {"model": "sprites", "steps": 4, "guidance": 5.0, "config": {"dropout": 0.5, "freeu": None}}
 
@@ -216,3 +228,141 @@ def test_without_pillow_the_error_says_what_to_install(tmp_path: Path, monkeypat
         with pytest.raises(ConsistoryError, match=r'pip install "consistory\[cli\]"'):
             attempt(tmp_path / "out")
     assert files(tmp_path) == []
+
+
+# --- going on where a run has stopped ---------------------------------------------------------------------------------
+
+
+def record(n: int, **changes: Any) -> Record:
+    """Of `story(n)`, in full."""
+    told = story(n)
+    return describe(told.prompts, told.concepts, told.seeds, {**SETTINGS, "width": 64, "height": 64}) | changes
+
+
+def drawn(folder: Path, n: int, *indices: int) -> Album:
+    """The folder of a run that has drawn some of n pictures."""
+    album = Album(folder, record(n))
+    for index in indices or range(n):
+        album.add(index, story(n).images[index])
+    return album
+
+
+def test_pictures_that_are_there_are_not_missed(tmp_path: Path) -> None:
+    assert Album(tmp_path / "new").begin(record(3)) == [0, 1, 2]
+    drawn(tmp_path, 3, 1)
+    assert Album(tmp_path).begin(record(3)) == [0, 2]
+    drawn(tmp_path, 3, 0, 2).finish()
+    assert Album(tmp_path).begin(record(3)) == []
+    assert files(tmp_path) == ["01.png", "02.png", "03.png", "grid.png", "story.json"]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "version": {"version": "0.0.1"},
+    "concepts": {"concepts": ["dog"]},
+    "steps": {"steps": 5},
+    "guidance": {"guidance": 5.5},
+    "a part of the method": {"config": {"dropout": 0.25, "freeu": None}},
+    "another option": {"negative_prompt": "a dog"},
+    "size": {"width": 128},
+    "all prompts": {"prompts": ["a dog"] * 3},
+    "all seeds": {"seeds": [7, 8, 9]},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_pictures_of_another_run_are_drawn_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    drawn(tmp_path, 3)
+    assert Album(tmp_path).begin(record(3, **changes)) == [0, 1, 2]
+
+
+def test_only_what_decides_on_a_picture_counts(tmp_path: Path) -> None:
+    """Not where the model lies, and not the other pictures: a longer story goes on from a shorter one."""
+    drawn(tmp_path, 3)
+    assert Album(tmp_path).begin(record(3, model="./sprites")) == []
+    assert Album(tmp_path).begin(record(5)) == [3, 4]
+    swapped = record(3, prompts=["a cat in place 0", "a cat elsewhere", "a cat in place 2"], seeds=[0, 10, 21])
+    assert Album(tmp_path).begin(swapped) == [1, 2]
+
+
+def test_settings_of_any_type_survive_the_metadata(tmp_path: Path) -> None:
+    made = record(2, window=(0.1, 1 / 3), prompts=["ネコ 🐈", "café"])
+    for _ in range(2):
+        album = Album(tmp_path)
+        for index in album.begin(made):
+            album.add(index, story(2).images[index])
+    assert Album(tmp_path).begin(made) == []
+
+
+def test_a_damaged_picture_is_drawn_again(tmp_path: Path) -> None:
+    drawn(tmp_path, 1)
+    path = tmp_path / "01.png"
+    data = path.read_bytes()
+    for length in range(0, len(data), 97):
+        path.write_bytes(data[:length])
+        assert Album(tmp_path).begin(record(1)) == [0], length
+    for place in range(data.index(b"IDAT"), len(data) - 12, 53):  # the pixels; the end mark after them holds nothing
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
+        assert Album(tmp_path).begin(record(1)) == [0], place
+    path.write_bytes(data)
+    assert Album(tmp_path).begin(record(1)) == []
+
+
+def test_pictures_that_are_not_ours_or_were_resized_are_no_help(tmp_path: Path) -> None:
+    drawn(tmp_path, 3)
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "01.png")
+    (tmp_path / "02.png").unlink()
+    (tmp_path / "02.png").mkdir()
+    with Image.open(tmp_path / "03.png") as image:
+        text = dict(image.text)
+    (tmp_path / "03.png").write_bytes(encode_png(pictures(1, 32, 32)[0], text))
+    assert Album(tmp_path).begin(record(3)) == [0, 1, 2]
+
+
+def test_the_first_new_picture_takes_the_old_record_away(tmp_path: Path) -> None:
+    drawn(tmp_path, 3).finish()
+    album = Album(tmp_path)
+    album.begin(record(3, steps=9))
+    assert "story.json" in files(tmp_path), "nothing has been drawn yet"
+    album.add(2, pictures(1)[0])
+    assert files(tmp_path) == ["01.png", "02.png", "03.png"]
+
+
+def test_a_story_without_all_its_pictures_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(ConsistoryError, match=r"02\.png is missing"):
+        drawn(tmp_path, 2, 0).finish()
+    assert files(tmp_path) == ["01.png"]
+
+
+def test_a_shorter_story_leaves_no_picture_of_a_longer_one(tmp_path: Path) -> None:
+    """But what is not ours stays."""
+    save_story(story(100, 8, 8), tmp_path)
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "03.png")
+    (tmp_path / "04.png").write_text("mine")
+    (tmp_path / "cover.png").write_bytes((tmp_path / "001.png").read_bytes())
+    save_story(story(2, 8, 8), tmp_path)
+    assert files(tmp_path) == ["01.png", "02.png", "03.png", "04.png", "cover.png", "grid.png", "story.json"]
+
+
+def test_unfinished_files_of_a_killed_run_go(tmp_path: Path) -> None:
+    for name in (".01.png.123.part", ".07.png.9.part", ".grid.png.123.part", ".story.json.5.part", ".mine.1.part"):
+        (tmp_path / name).write_text("half")
+    save_story(story(1), tmp_path)
+    assert files(tmp_path) == [".mine.1.part", "01.png", "grid.png", "story.json"]
+
+
+def test_killed_at_any_change_of_a_file(tmp_path: Path) -> None:
+    """While one story overwrites a longer one."""
+    before, after = (SimpleNamespace(**asdict(replace(story(n), images=pictures(n, 8, 8)))) for n in (3, 2))
+    save_story(after, tmp_path / "expected")
+    operation, killed = 0, True
+    while killed:
+        folder = tmp_path / str(operation)
+        save_story(before, folder)
+        killed = save_until_killed(after, folder, operation)
+        check_whole(folder)
+        save_story(after, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()
+        }
+        operation += 1
+    assert operation > 15

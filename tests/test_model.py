@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from single_file import to_original
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
+from consistory.images import describe
 from consistory.model import (
     check_anchors,
     check_sampling,
@@ -27,6 +28,7 @@ from consistory.model import (
 
 PROMPTS = ["a photo of a cute dog sitting on the beach", "a watercolor of a fluffy dog, by night"]
 QUICK: dict[str, Any] = {"prompts": PROMPTS, "concepts": ["dog"], "steps": 1, "width": 32, "height": 64}
+SMALL: dict[str, Any] = {"steps": 2, "width": 32, "height": 64}
 VANILLA = ConsistoryConfig.vanilla()
 
 
@@ -332,6 +334,57 @@ def test_a_story(pipe: ConsiStory) -> None:
         "clip_skip": 0, "anchors": 2, "width": 32, "height": 64, "dtype": "float32", "config": None,
         "fingerprint": pipe.fingerprint, "latents": None, "anchor_prompts": story.prompts[:2], "anchor_seeds": [7, 8],
     }  # fmt: skip
+
+
+def test_chosen_pictures_are_those_of_the_whole_story(pipe: ConsiStory) -> None:
+    arguments = {"subject": "a dog", "settings": ["at home", "by night", "in space", "in snow"], **SMALL}
+    whole, records, pictures = pipe(**arguments), [], {}
+    some = pipe(**arguments, choose=lambda record: records.append(record) or [3, 1], on_picture=pictures.__setitem__)
+    assert (some.prompts, some.seeds) == (whole.prompts[1::2], whole.seeds[1::2])
+    torch.testing.assert_close(some.latents, whole.latents[1::2], atol=1e-5, rtol=0)
+    assert all(torch.equal(mask, whole.masks[stride][1::2]) for stride, mask in some.masks.items())
+    assert all(torch.equal(nearest.index, whole.nearest[s].index[1::2]) for s, nearest in some.nearest.items())
+    assert list(pictures) == [1, 3] and all(map(np.array_equal, pictures.values(), some.images))
+    assert records == [describe(whole.prompts, whole.concepts, whole.seeds, whole.settings)]
+    assert some.subject.recipe == whole.subject.recipe
+    assert all(torch.equal(mask, whole.subject.masks[stride]) for stride, mask in some.subject.masks.items())
+
+
+def test_nothing_chosen_is_nothing_run(pipe: ConsiStory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consistory.model.tell", None)
+    story = pipe(**QUICK, choose=lambda record: [])
+    assert story.images.shape == (0, 64, 32, 3) and story.latents.shape == (0, 4, 8, 4) and story.prompts == []
+    with pytest.raises(ConsistoryError, match=r"use indices from 0 to 1"):
+        pipe(**QUICK, choose=lambda record: [2])
+
+
+def test_the_record_tells_noise_and_checkpoints_apart(pipe: ConsiStory) -> None:
+    def settings(pipe: ConsiStory, **arguments: Any) -> dict[str, Any]:
+        return pipe(**QUICK, **arguments, choose=lambda record: []).settings
+
+    noise = [initial_noise([seed, 9], (4, 8, 4)) for seed in (3, 4, 3)]
+    first, second, third = (settings(pipe, latents=x)["latents"] for x in noise)
+    assert settings(pipe)["latents"] is None and first and first == third != second
+    marks = [pipe.fingerprint, replace(pipe, zero_negative=False).fingerprint]
+    marks.append(replace(pipe, schedule=replace(pipe.schedule, prediction="v_prediction")).fingerprint)
+    for part in ("vae", "unet", "text_encoders"):
+        other = ConsiStory.from_pretrained(pipe.name)
+        module = getattr(other, part)[1] if part == "text_encoders" else getattr(other, part)
+        with torch.no_grad():
+            next(module.parameters()).mul_(-1)
+        marks.append(other.fingerprint)
+    assert len(set(marks)) == 6
+    assert ConsiStory.from_pretrained(pipe.name, dtype=torch.bfloat16).fingerprint == pipe.fingerprint
+
+
+def test_a_prompt_that_is_cut_off_is_told_of_once(pipe: ConsiStory, caplog: pytest.LogCaptureFixture) -> None:
+    """Though its picture is not drawn, here at least."""
+    prompts = ["a dog at home", "a dog, " + "very " * 80 + "far away"]
+    for chosen in ([0], [0, 1]):
+        caplog.clear()
+        pipe(prompts=prompts, concepts=["dog"], **SMALL, choose=lambda record, chosen=chosen: chosen)
+        (message,) = caplog.messages
+        assert "far away" in message
 
 
 def test_a_story_starts_from_its_seeds_or_from_given_noise(pipe: ConsiStory) -> None:

@@ -83,7 +83,7 @@ def test_seeds_go_on_after_those_of_every_chunk(pipe: ConsiStory) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [({"chunk": 0}, "use 1 or more"), ({"chunk": 1, "latents": torch.zeros(4, 4, 16, 16)}, "give seeds"),
+    [({"chunk": 0}, "use 1 or more"),
      ({"chunk": 1, "settings": None, "prompts": ["a dog"] * 3 + ["a cat"]}, "'a cat'")],
 )  # fmt: skip
 def test_chunks_that_cannot_be_are_refused_before_any_work(
@@ -92,6 +92,27 @@ def test_chunks_that_cannot_be_are_refused_before_any_work(
     monkeypatch.setattr(type(pipe), "encode_prompts", None)
     with pytest.raises(ConsistoryError, match=says):
         pipe(**{"subject": "a dog", "settings": SETTINGS, **SIZE, **arguments})
+
+
+def test_chosen_pictures_of_an_extension(anchors: Story, whole: Story) -> None:
+    records, pictures = [], {}
+    more = anchors.subject.extend(
+        [*SETTINGS[2:], "by night"], chunk=1, choose=lambda record: records.append(record) or [2, 1],
+        on_picture=pictures.__setitem__,
+    )  # fmt: skip
+    assert more.seeds == [6, 7] and list(pictures) == [1, 2]
+    assert all(np.array_equal(pictures[1 + i], more.images[i]) for i in (0, 1))
+    torch.testing.assert_close(more.latents[:1], whole.latents[3:], atol=1e-4, rtol=0)
+    (record,) = records
+    assert record["prompts"] == [*whole.prompts[2:], "a cute dog by night"] and record["seeds"] == [5, 6, 7]
+    assert (record["anchor_prompts"], record["anchor_seeds"]) == (whole.prompts[:2], [3, 4])
+    assert more.subject.recipe == replace(anchors.subject.recipe, next_seed=8)
+
+
+def test_a_wrong_prompt_stops_all_chunks_before_they_start(anchors: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consistory.model.tell", None)
+    with pytest.raises(ConsistoryError, match="'a cat'"):
+        anchors.subject.extend(prompts=["a dog", "a cat"], chunk=1)
 
 
 def test_a_saved_subject_goes_on(anchors: Story, whole: Story, pipe: ConsiStory, tmp_path: Path) -> None:
