@@ -38,6 +38,7 @@ from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
 
+MOST_SEPARATE = 31  # the bits of an int32 but its sign
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 
 
@@ -284,6 +285,11 @@ class ConsiStory:
         """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
         check_list("concepts", concepts or [])
         needed = config.masking and (config.sdsa or config.injection)
+        if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
+            raise ConsistoryError(
+                f"{len(concepts or [])} concepts are given: to keep subjects separate, name each of them, "
+                f"2 to {MOST_SEPARATE}, as a concept of its own"
+            )
         if concepts or not needed:
             return list(concepts or [])
         if not subject:

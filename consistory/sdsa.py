@@ -35,11 +35,14 @@ class Sharing:
     key_masks: {stride: bool [A, P]} subject patches of the anchors that survived dropout.
     share: bool [N, A], True where image i reads anchor a. An anchor has all its own keys already.
     vanilla: queries to blend in and their weight v (eq. 4), or None.
+    regions: {stride: bit sets int32, of queries [N, P] and keys [A, P]}, see `region_bits`: a query reads only those
+        kept keys that have a bit in common with it. None: it reads all.
     """
 
     key_masks: dict[int, Tensor]
     share: Tensor
     vanilla: tuple[RecordQueries, float] | None
+    regions: dict[int, tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass
@@ -66,8 +69,9 @@ class Consistent(AttentionControl):
             return super().self_attention(q, k, v, site)
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
         out = extended_attention(
-            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, q_blend=self._vanilla_queries(site)
-        )
+            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share,
+            q_blend=self._vanilla_queries(site), regions=self.sharing.regions and self.sharing.regions[site.stride],
+        )  # fmt: skip
         return rearrange(out, "g n h p d -> (g n) h p d")
 
     def _vanilla_queries(self, site: Site) -> tuple[Tensor, float] | None:
