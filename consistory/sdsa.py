@@ -36,13 +36,13 @@ class Sharing:
     share: bool [N, A], True where image i reads anchor a. An anchor has all its own keys already.
     vanilla: queries to blend in and their weight v (eq. 4), or None.
     regions: {stride: bit sets int32, of queries [N, P] and keys [A, P]}, see `region_bits`: a query reads only those
-        kept keys that have a bit in common with it. None: it reads all.
+        kept keys that have a bit in common with it. Empty: it reads all.
     """
 
     key_masks: dict[int, Tensor]
     share: Tensor
     vanilla: tuple[RecordQueries, float] | None
-    regions: dict[int, tuple[Tensor, Tensor]] | None = None
+    regions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Consistent(AttentionControl):
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
         out = extended_attention(
             q, k, v, self.sharing.key_masks[site.stride], self.sharing.share,
-            q_blend=self._vanilla_queries(site), regions=self.sharing.regions and self.sharing.regions[site.stride],
+            q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
         )  # fmt: skip
         return rearrange(out, "g n h p d -> (g n) h p d")
 

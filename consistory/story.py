@@ -183,9 +183,7 @@ def plan_sharing(plan: Plan, state: State) -> Sharing | None:
     key_masks = {s: r[: plan.anchors].any(dim=1) & plan.kept_keys[s][state.step] for s, r in regions.items()}
     weight = blend_weight(plan.config, state.step, plan.steps)
     vanilla = None if weight is None else (state.vanilla, weight)
-    if not plan.config.separate_subjects:
-        return Sharing(key_masks, plan.share, vanilla)
-    bits = {s: region_bits(r) for s, r in regions.items()}
+    bits = {s: region_bits(r) for s, r in regions.items()} if plan.config.separate_subjects else {}
     return Sharing(key_masks, plan.share, vanilla, {s: (b, b[: plan.anchors]) for s, b in bits.items()})
 
 
