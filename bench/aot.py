@@ -58,7 +58,8 @@ class Resources:
 
 
 def attention(
-    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None, blend: bool = False
+    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None, blend: bool = False,
+    regions: bool = False,
 ) -> Specimen:
     width, pointer = triton.next_power_of_2(head_size), f"*{TYPES[dtype]}"
     tile = tile or extended_attention.tile_for(dtype)
@@ -68,13 +69,15 @@ def attention(
         for part, t in (("ptr", pointer), ("strides", STRIDES))
     }
     return Specimen(
-        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}" + blend * " blend",
+        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}" + blend * " blend" + regions * " regions",
         kernel=extended_attention.attend_kernel,
         types=tensors
         | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "share_ptr": "*u8"}
+        | {"packed_region_ptr": "*i32", "region_ptr": "*i32"}
         | {"weight": "fp32", "scale": "fp32", "images": "i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
         constants={
             "BLEND": blend,
+            "REGIONS": regions,
             "HEAD_SIZE": head_size,
             "WIDTH": width,
             "QUERIES": tile.queries,
@@ -85,21 +88,24 @@ def attention(
     )
 
 
-def pack(head_size: int, dtype: torch.dtype, patches: int) -> Specimen:
+def pack(head_size: int, dtype: torch.dtype, patches: int, regions: bool = False) -> Specimen:
     pointer = f"*{TYPES[dtype]}"
     return Specimen(
-        name=f"pack d={head_size} {TYPES[dtype]} P={patches}",
+        name=f"pack d={head_size} {TYPES[dtype]} P={patches}" + regions * " regions",
         kernel=extended_attention.pack_kernel,
         types={"k_ptr": pointer, "k_strides": STRIDES, "v_ptr": pointer, "v_strides": STRIDES, "mask_ptr": "*u8"}
         | {
             "packed_k_ptr": pointer,
             "packed_v_ptr": pointer,
+            "region_ptr": "*i32",
+            "packed_region_ptr": "*i32",
             "length_ptr": "*i32",
             "anchors": "i32",
             "heads": "i32",
             "patches": "i32",
         },
         constants={
+            "REGIONS": regions,
             "HEAD_SIZE": head_size,
             "WIDTH": triton.next_power_of_2(head_size),
             "ROWS": extended_attention.pack_rows(triton.next_power_of_2(head_size), dtype),
@@ -168,10 +174,12 @@ def specimens() -> list[Specimen]:
     return [
         attention(64, half, 4096),
         attention(64, half, 4096, blend=True),
+        attention(64, half, 4096, regions=True),
         attention(40, half, 4096),
         attention(128, half, 4096),
         attention(64, torch.float32, 4096),
         pack(64, half, 4096),
+        pack(64, half, 4096, regions=True),
         match(half),
         cross(64, half),
         inject(half),

@@ -235,7 +235,7 @@ def best_tiles(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> li
         for stages in (2, 3, 4):
             tile = fused.Tile(queries, keys, warps, stages)
             row = rows[str(tuple(tile))] = Row("tiles", str(tuple(tile)), asdict(shape))
-            call = partial(fused.attend, a.q, a.k, a.v, *packed_keys, a.share, tile=tile)
+            call = partial(fused.attend, a.q, a.k, a.v, packed_keys, a.share, tile=tile)
             try:
                 row.error = attention_error(a, call())
             except Exception as failure:  # more shared memory than the GPU has

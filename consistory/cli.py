@@ -222,6 +222,8 @@ def method(args: argparse.Namespace) -> ConsistoryConfig:
     config = PRESETS[args.preset]()
     if args.dropout is not None:
         config = replace(config, dropout=args.dropout)
+    if args.separate_subjects:
+        config = replace(config, separate_subjects=True)
     if args.freeu is not None:
         config = replace(config, freeu=FreeU() if args.freeu else None)
     return config
@@ -344,6 +346,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--dropout", type=probability, metavar="P",
         help="probability that a patch of an anchor is hidden from the others at a step: more varies the layout, less "
         "keeps the subject closer (default: 0.5)",
+    )
+    consistency.add_argument(
+        "--separate-subjects", action="store_true",
+        help="with several concepts: each looks at itself in the anchors, not at the others (default: at all)",
     )
     consistency.add_argument(
         "--freeu", action=argparse.BooleanOptionalAction,

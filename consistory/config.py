@@ -171,6 +171,8 @@ class ConsistoryConfig:
 
     sdsa: subject-driven self-attention (§4.1).
     masking: anchors share only their subject's keys; if False, all of them (the paper's "no mask" ablation).
+    separate_subjects: each concept's patches read, and draw features from, the same concept's patches only; if False,
+        those of all concepts (§4.5). Patches of no concept read all in either case.
     dropout: probability that a shared key is dropped (§4.2).
     query_blend: vanilla query blending (§4.2, eq. 4), or None.
     injection: feature injection (§4.3), which needs a first pass.
@@ -184,6 +186,7 @@ class ConsistoryConfig:
 
     sdsa: bool = True
     masking: bool = True
+    separate_subjects: bool = False
     dropout: float = 0.5
     query_blend: QueryBlend | None = QueryBlend()
     injection: bool = True
@@ -205,6 +208,8 @@ class ConsistoryConfig:
         first, last = self.injection_window
         if not 0 <= first <= last <= 1:
             raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
+        if self.separate_subjects and not self.masking:
+            raise ConsistoryError("separate_subjects needs masks to tell the subjects apart: use masking=True")
         if self.first_pass not in ("dift", "full"):
             raise ConsistoryError(f'first_pass is {self.first_pass!r}: use "dift" or "full"')
         if self.mask_history is not None and self.mask_history < 1:

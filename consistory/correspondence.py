@@ -47,3 +47,15 @@ def nearest_patches(
     index, distance = match(features, features[:anchors], subject_mask[:anchors])
     own = torch.eye(len(dift), anchors, dtype=torch.bool, device=dift.device)
     return Nearest(index, distance.masked_fill(own[..., None], torch.inf))
+
+
+def nearest_in_regions(dift: Tensor, size: Size, regions: Tensor, anchors: int) -> Nearest:
+    """`nearest_patches` where a patch draws only from the anchors' patches of the regions, bool [N, R, P], it is in.
+
+    Patches in no region draw from all, as everywhere if R = 1.
+    """
+    found = [nearest_patches(dift, size, region, anchors) for region in regions.unbind(dim=1)]
+    index, distance = (torch.stack(each) for each in zip(*((n.index, n.distance) for n in found), strict=True))
+    draws = regions | ~regions.any(dim=1, keepdim=True)
+    distance, region = distance.masked_fill(~draws.transpose(0, 1)[:, :, None], torch.inf).min(dim=0)
+    return Nearest(index.gather(0, region[None]).squeeze(0), distance)

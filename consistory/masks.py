@@ -19,14 +19,26 @@ def subject_masks(cross_map: Tensor, size: Size, sizes: dict[int, Size]) -> dict
     size: height and width of its P patches.  sizes: the same for every stride to make a mask for.
     Returns {stride: bool [N, P]}. A constant map gives an empty mask.
     """
+    return {stride: masks.any(dim=1) for stride, masks in concept_masks(cross_map, size, sizes).items()}
+
+
+def concept_masks(cross_map: Tensor, size: Size, sizes: dict[int, Size]) -> dict[int, Tensor]:
+    """Eq. 7 for every concept by itself: arguments of `subject_masks` -> {stride: bool [N, K, P]}."""
     maps = cross_map.unflatten(1, size).permute(0, 3, 1, 2)  # [N, K, h, w]
     return {stride: _threshold(F.interpolate(maps, s, mode="bilinear")) for stride, s in sizes.items()}
 
 
 def _threshold(maps: Tensor) -> Tensor:
-    """[N, K, h, w] -> bool [N, P], the union over the K concepts."""
+    """[N, K, h, w] -> bool [N, K, P]."""
     flat = maps.flatten(2)
-    return (flat > otsu_threshold(flat)[..., None]).any(dim=1)
+    return flat > otsu_threshold(flat)[..., None]
+
+
+def region_bits(regions: Tensor) -> Tensor:
+    """bool [N, R, P] -> int32 [N, P], bit r: the patch is in region r. A patch in none has all bits."""
+    bit = 2 ** torch.arange(regions.shape[1], dtype=torch.int32, device=regions.device)
+    bits = (regions * bit[:, None]).sum(dim=1, dtype=torch.int32)
+    return bits.masked_fill(bits == 0, -1)
 
 
 def average_maps(history: list[Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
 
+MOST_SEPARATE = 31  # the bits of an int32 but its sign
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 WHOLE_PIXELS = 1024 * 1024  # larger pictures are decoded in tiles: of this size, SDXL's decoder takes 2 GiB in float32
 TILE = 32  # rows
@@ -412,6 +413,11 @@ class ConsiStory:
         """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
         check_list("concepts", concepts or [])
         needed = config.masking and (config.sdsa or config.injection)
+        if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
+            raise ConsistoryError(
+                f"{len(concepts or [])} concepts are given: to keep subjects separate, name each of them, "
+                f"2 to {MOST_SEPARATE}, as a concept of its own"
+            )
         if concepts or not needed:
             return list(concepts or [])
         if not subject:

@@ -36,11 +36,14 @@ class Sharing:
     key_masks: {stride: bool [A, P]} subject patches of the anchors that survived dropout.
     share: bool [N, A], True where image i reads anchor a. An anchor has all its own keys already.
     vanilla: queries to blend in and their weight v (eq. 4), or None.
+    regions: {stride: bit sets int32, of queries [N, P] and keys [A, P]}, see `region_bits`: a query reads only those
+        kept keys that have a bit in common with it. Empty: it reads all.
     """
 
     key_masks: dict[int, Tensor]
     share: Tensor
     vanilla: tuple[RecordQueries, float] | None
+    regions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Consistent(AttentionControl):
         anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded is not None else (None, None)
         out = extended_attention(
             q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, anchor_k=anchor_k, anchor_v=anchor_v,
-            q_blend=self._vanilla_queries(site),
+            q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
         )  # fmt: skip
         return rearrange(out, "g n h p d -> (g n) h p d")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from . import ddim
 from .attention import AttentionControl
 from .config import ConsistoryConfig, ScheduleConfig
-from .correspondence import Nearest, nearest_patches, smooth
+from .correspondence import Nearest, nearest_in_regions, nearest_patches, smooth
 from .injection import Injection, plan_injection
-from .masks import Size, average_maps, draw_dropout, subject_masks
+from .masks import Size, average_maps, concept_masks, draw_dropout, region_bits, subject_masks
 from .recording import Call, Recorded, RecordedCall, Recorder
 from .sdsa import Consistent, RecordQueries, Sharing
 from .unet import Conditioning, UNet
@@ -134,11 +134,12 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
             resume = state
         if state.step == plan.dift_step + 1:
             dift = state.dift
-    masks = current_masks(plan, state)
+    regions = current_regions(plan, state)
+    masks = {s: region.any(dim=1) for s, region in regions.items()}
 
     # Correspondence (§4.3)
     assert dift is not None
-    nearest = correspondences(plan, dift, masks)
+    nearest = correspondences(plan, dift, regions)
     finest = plan.unet.strides[0]
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
 
@@ -188,26 +189,26 @@ def plan_sharing(plan: Plan, state: State, recorded: RecordedCall | None) -> Sha
     """Who reads what at this step. Step 0 has no mask yet and is plain."""
     if not plan.config.sdsa or state.step == 0:
         return None
+    regions = current_regions(plan, state)
     if recorded is not None:
         key_masks = recorded.key_masks
     else:
-        masks = current_masks(plan, state)
-        key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
+        key_masks = {s: r[: plan.anchors].any(dim=1) & plan.kept_keys[s][state.step] for s, r in regions.items()}
     weight = blend_weight(plan.config, state.step, plan.steps)
-    return Sharing(key_masks, plan.share, None if weight is None else (state.vanilla, weight))
+    vanilla = None if weight is None else (state.vanilla, weight)
+    bits = {s: region_bits(r) for s, r in regions.items()} if plan.config.separate_subjects else {}
+    return Sharing(key_masks, plan.share, vanilla, {s: (b, b[: plan.anchors]) for s, b in bits.items()})
 
 
-def correspondences(plan: Plan, dift: Tensor, masks: Masks) -> dict[int, Nearest]:
+def correspondences(plan: Plan, dift: Tensor, regions: dict[int, Tensor]) -> dict[int, Nearest]:
     """The anchor patches that show what each patch shows, per stride, by features dift [N, C, h, w] (§4.3)."""
-    anchor_dift, anchor_masks = None, masks
-    if plan.recorded is not None:
-        anchor_dift, anchor_masks = smooth(plan.recorded.dift.float()), plan.recorded.masks
     if plan.recorder is not None:
-        plan.recorder.subject(dift[: plan.anchors], {s: mask[: plan.anchors] for s, mask in masks.items()})
+        plan.recorder.subject(dift[: plan.anchors], {s: r[: plan.anchors].any(dim=1) for s, r in regions.items()})
     dift = smooth(dift.float())
-    return {
-        s: nearest_patches(dift, size, anchor_masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()
-    }
+    if plan.recorded is None:
+        return {s: nearest_in_regions(dift, size, regions[s], plan.anchors) for s, size in plan.sizes.items()}
+    anchor_dift, masks = smooth(plan.recorded.dift.float()), plan.recorded.masks
+    return {s: nearest_patches(dift, size, masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()}
 
 
 def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:
@@ -219,9 +220,15 @@ def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | Non
     return blend.start + (blend.end - blend.start) * (step / last if last else 0.0)
 
 
-def current_masks(plan: Plan, state: State) -> Masks:
-    """Subject masks from the steps so far (eq. 7); all patches if masking is off."""
+def current_regions(plan: Plan, state: State) -> dict[int, Tensor]:
+    """{stride: bool [N, R, P]}: R = 1, the subject mask from the steps so far (eq. 7); all patches if masking is off.
+
+    If subjects are separate, R = K: the mask of each concept.
+    """
     if not plan.config.masking:
         n, device = len(state.x), state.x.device
-        return {s: torch.ones(n, h * w, dtype=torch.bool, device=device) for s, (h, w) in plan.sizes.items()}
-    return subject_masks(average_maps(state.cross_maps), plan.sizes[plan.unet.strides[-1]], plan.sizes)
+        return {s: torch.ones(n, 1, h * w, dtype=torch.bool, device=device) for s, (h, w) in plan.sizes.items()}
+    maps, size = average_maps(state.cross_maps), plan.sizes[plan.unet.strides[-1]]
+    if plan.config.separate_subjects:
+        return concept_masks(maps, size, plan.sizes)
+    return {s: mask[:, None] for s, mask in subject_masks(maps, size, plan.sizes).items()}

@@ -193,7 +193,12 @@ class Subject:
 
     @contextmanager
     def recording(self, path: str | Path) -> Iterator[Recorder]:
-        """For a story to write to while the anchors are drawn. The file is there once it is whole."""
+        """For a story to write to while the anchors are drawn. The file is there once it is whole.
+
+        Raises ConsistoryError if it cannot be written, or if subjects are separate, which a recording does not tell.
+        """
+        if self.recipe.config.separate_subjects:
+            raise ConsistoryError("a recording does not keep subjects separate: keep the subject as a recipe instead")
         with self._file(path, "recording", most_tensors(self.pipe.unet, self.recipe.steps)) as file:
             yield Recorder(file)
 

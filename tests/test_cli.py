@@ -172,6 +172,7 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "empty subject": (["", "--settings", "in space"], "no subject is given"),
     "more than 100 images": (["a cat", "--settings", *["in space"] * 101], "1 to 100"),
     "absent concept": ([*CAT, "--concept", "dog"], "'dog'"),
+    "one subject to be kept separate": ([*CAT, "--separate-subjects"], "name each of them, 2 to 31, as a concept"),
     "subject without a noun": (["with a hat", "--settings", "in space"], "name the word that stands for it"),
     "no steps": ([*CAT, "--steps", "0"], "commonly 20 to 50"),
     "too many steps": ([*CAT, "--steps", "1001"], "commonly 20 to 50"),
@@ -396,6 +397,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
         (["--vanilla", "--freeu"], replace(ConsistoryConfig.vanilla(), freeu=FreeU())),
         (["--no-freeu"], ConsistoryConfig(freeu=None)),
         (["--dropout", "0"], ConsistoryConfig(dropout=0.0)),
+        (["--separate-subjects"], ConsistoryConfig(separate_subjects=True)),
     ],
 )
 def test_the_method(options: list[str], expected: ConsistoryConfig, listen: Callable[..., Listener]) -> None:
@@ -518,6 +520,7 @@ OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
     "vae", "lora", "clip-skip", "chunk", "offload", "tile",
+    "separate-subjects",
 }
 
 

@@ -9,7 +9,7 @@ from parity import randn
 from skimage.filters import gaussian
 from torch import Tensor
 
-from consistory.correspondence import nearest_patches, smooth
+from consistory.correspondence import nearest_in_regions, nearest_patches, smooth
 
 
 def every_patch(images: int, patches: int) -> Tensor:
@@ -122,3 +122,36 @@ def test_masks_of_targets_do_not_count() -> None:
     nearest, other = (nearest_patches(dift, (4, 4), m, anchors=2) for m in (mask, without))
     assert torch.equal(nearest.index, other.index)
     assert torch.equal(nearest.distance, other.distance)
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+def test_patches_draw_from_their_own_regions() -> None:
+    """Pair after pair: a patch in both regions draws from both, a patch in none from all."""
+    dift, size, patches = randn(4, 6, 4, 6), (4, 6), 24
+    regions = randn(4, 2, patches, seed=1) > 0
+    regions[1, 1] = False  # an anchor without the second subject
+    nearest = nearest_in_regions(dift, size, regions, anchors=2)
+    features = dift.flatten(2)
+    assert {int(patch) for patch in regions.sum(dim=1).unique()} == {0, 1, 2}
+    for i in range(4):
+        for j in range(2):
+            if i == j:
+                assert nearest.distance[i, j].isinf().all()
+                continue
+            for p in range(patches):
+                mine = regions[i, :, p] if regions[i, :, p].any() else torch.ones(2, dtype=torch.bool)
+                source = regions[j, mine].any(dim=0)
+                distance = 1 - torch.cosine_similarity(features[i, :, p, None], features[j], dim=0)
+                distance[~source] = 2
+                torch.testing.assert_close(nearest.distance[i, j, p], distance.min(), atol=1e-6, rtol=0)
+                if source.any():
+                    assert nearest.index[i, j, p] == distance.argmin()
+
+
+def test_a_single_region_is_the_subject_mask() -> None:
+    dift, mask = randn(3, 4, 4, 4), randn(3, 16, seed=1) > 0
+    one, other = nearest_in_regions(dift, (4, 4), mask[:, None], 2), nearest_patches(dift, (4, 4), mask, 2)
+    assert torch.equal(one.index, other.index)
+    assert torch.equal(one.distance, other.distance)

@@ -8,7 +8,18 @@ import pytest
 import torch
 from consistory.kernels.backends import Backend
 from consistory.kernels.extended_attention import extended_attention, packed
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, draw_mask, needs_gpu, poisoned_memory
+from kernel_checks import (
+    ALL,
+    DEVICE,
+    DTYPES,
+    FAST,
+    assert_as_good_as,
+    draw,
+    draw_mask,
+    generator,
+    needs_gpu,
+    poisoned_memory,
+)  # fmt: skip
 from torch import Tensor
 
 
@@ -32,6 +43,12 @@ class Case:
     def masks(self, kept: float = 0.3) -> tuple[Tensor, Tensor]:
         """key_mask, and share as the method has it: everyone reads every anchor, an anchor not itself."""
         return draw_mask((self.A, self.P), kept, 4), ~torch.eye(self.N, self.A, dtype=torch.bool, device=DEVICE)
+
+    def regions(self, bits: int = 3) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys: every set of `bits` bits, the empty one among them."""
+        query_region = torch.randint(2**bits, (self.N, self.P), generator=generator(6))
+        key_region = torch.randint(2**bits, (self.A, self.P), generator=generator(7))
+        return query_region.to(DEVICE, torch.int32), key_region.to(DEVICE, torch.int32)
 
     def __str__(self) -> str:
         return f"G{self.G}-N{self.N}-A{self.A}-H{self.H}-P{self.P}-d{self.d}"
@@ -146,6 +163,91 @@ def test_queries_are_blended(backend: Backend, dtype: torch.dtype) -> None:
         return by_definition(blend, *own, key_mask, share, *(x[:, : case.A] for x in own))
 
     assert_as_good_as(define(dtype), out, define(torch.float64))
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+def by_definition_in_regions(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, share: Tensor, regions: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Query after query: its image's own keys, and the kept keys with a bit in common."""
+    out = torch.empty_like(q)
+    query_region, key_region = (region.tolist() for region in regions)
+    for image, reads in enumerate(share.tolist()):
+        for query, bits in enumerate(query_region[image]):
+            rows = [
+                (anchor, patch)
+                for anchor, kept in enumerate(key_mask.tolist())
+                for patch, keep in enumerate(kept)
+                if keep and reads[anchor] and bits & key_region[anchor][patch]
+            ]
+            anchors, patches = ([row[i] for row in rows] for i in (0, 1))
+            keys, values = (torch.cat([x[:, image], x[:, anchors, :, patches].movedim(0, 2)], dim=2) for x in (k, v))
+            scores = q[:, image, :, query, None] @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
+            out[:, image, :, query] = (scores.softmax(dim=-1) @ values)[:, :, 0]
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_queries_read_keys_of_their_regions(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    q, k, v = case.tensors(dtype)
+    key_mask, share = case.masks(0.6)
+    regions = case.regions()
+    with poisoned_memory():
+        out = extended_attention(q, k, v, key_mask, share, regions=regions, backend=backend)
+    plain, exact = (
+        by_definition_in_regions(q.to(precision), k.to(precision), v.to(precision), key_mask, share, regions)
+        for precision in (dtype, torch.float64)
+    )
+    assert_as_good_as(plain, out, exact)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_all_bits_read_everything_and_no_bits_nothing(backend: Backend) -> None:
+    """Whole blocks of keys that a query may not read leave no trace."""
+    case = Case(G=1, N=3, A=2, H=2, P=200, d=16)
+    q, k, v = case.tensors(torch.float32)
+    key_mask, share = case.masks(0.9)
+    query_region, key_region = case.regions()
+    for bits, expected in ((-1, share), (0, torch.zeros_like(share))):
+        regions = torch.full_like(query_region, bits), key_region | 1
+        out = extended_attention(q, k, v, key_mask, share, regions=regions, backend=backend)
+        plain = extended_attention(q, k, v, key_mask, expected, backend="reference")
+        torch.testing.assert_close(out, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_regions_go_with_blended_queries_recorded_anchors_and_strides(backend: Backend) -> None:
+    case = Case(G=2, N=4, A=2, H=2, P=50, d=24)
+    q, k, v = case.tensors(torch.float32)
+    key_mask, share = case.masks()
+    query_region, key_region = (region.T.contiguous().T for region in case.regions())
+    options = {
+        "q_blend": (draw((case.G, case.N, case.H, case.P, case.d), torch.float32, seed=5), 0.7),
+        "regions": (query_region, key_region),
+        "anchor_k": draw((case.G, case.A, case.H, case.P, case.d), torch.float32, seed=8),
+        "anchor_v": draw((case.G, case.A, case.H, case.P, case.d), torch.float32, seed=9),
+    }
+    with poisoned_memory():
+        out = extended_attention(q, k, v, key_mask, share, **options, backend=backend)
+    expected = extended_attention(q, k, v, key_mask, share, **options, backend="reference")
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mask_hides_other_regions_in_place_of_packing() -> None:
+    """What a GPU without Triton runs."""
+    case = Case(G=2, N=4, A=2, H=2, P=33, d=16)
+    q, k, v = case.tensors(torch.float32)
+    masks, regions = case.masks(), case.regions()
+    out = packed.attend_masked(q, k, v, k[:, : case.A], v[:, : case.A], *masks, regions)
+    expected = extended_attention(q, k, v, *masks, regions=regions, backend="reference")
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_in_place_of_packing_gives_the_same() -> None:

@@ -7,7 +7,7 @@ from parity import randn
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from consistory.masks import Size, average_maps, draw_dropout, subject_masks
+from consistory.masks import Size, average_maps, concept_masks, draw_dropout, region_bits, subject_masks
 
 SQUARE = {2: (16, 16), 4: (8, 8)}
 WIDE = {2: (8, 20), 4: (4, 10)}
@@ -59,6 +59,27 @@ def test_concepts_are_thresholded_alone_and_then_joined() -> None:
     cat, hat = blob(size, slice(0, 3), slice(0, 3), 0.9), blob(size, slice(5, 8), slice(5, 8), 0.001)
     masks = subject_masks(torch.stack([cat, hat], dim=-1)[None], size, {4: size})
     assert torch.equal(masks[4][0], (cat > 0) | (hat > 0))
+
+
+def test_masks_of_concepts_are_those_of_each_alone() -> None:
+    h, w = WIDE[4]
+    cross_map = randn(3, h * w, 3).softmax(dim=1)
+    masks, union = (make(cross_map, (h, w), WIDE) for make in (concept_masks, subject_masks))
+    for stride in WIDE:
+        assert torch.equal(masks[stride].any(dim=1), union[stride])
+        for k in range(3):
+            alone = subject_masks(cross_map[..., k : k + 1], (h, w), WIDE)[stride]
+            assert torch.equal(masks[stride][:, k], alone)
+            assert not torch.equal(alone, union[stride])
+
+
+def test_a_bit_for_each_region_of_a_patch_and_all_where_there_is_none() -> None:
+    cat, hat = [True, True, False, False], [False, True, True, False]
+    bits = region_bits(torch.tensor([[cat, hat]]))
+    assert bits.dtype == torch.int32
+    assert bits.tolist() == [[0b01, 0b11, 0b10, -1]]
+    many = region_bits(torch.eye(31, dtype=torch.bool)[None])
+    assert many.tolist() == [[2**k for k in range(31)]]
 
 
 def test_rows_and_columns_keep_their_places() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from parity import randn, relative_error
@@ -128,6 +130,22 @@ def test_share_says_who_reads_which_anchor() -> None:
         keys = torch.cat([k[reader], k[anchor][:, kept]], dim=1)
         values = torch.cat([v[reader], v[anchor][:, kept]], dim=1)
         assert relative_error(out[reader], attend(q[reader], keys, values)) <= TOLERANCE
+
+
+def test_regions_say_which_kept_patches_a_query_reads() -> None:
+    """Two regions side by side; the last queries are in neither and have both bits."""
+    q, k, v = self_inputs(2)
+    first, second, rest = slice(0, 10), slice(10, 18), slice(18, 24)
+    region = torch.tensor([1] * 10 + [2] * 8 + [3] * 6, dtype=torch.int32).expand(IMAGES, -1)
+    shared = sharing()
+    shared = replace(shared, regions={2: (region, region[:ANCHORS]), 4: (region[:, :6], region[:ANCHORS, :6])})
+    out = consistent(shared).self_attention(q, k, v, FINE)
+    masks = key_masks()[2]
+    for queries, keys in ((first, [first, rest]), (second, [second, rest]), (rest, [slice(None)])):
+        readable = torch.zeros_like(masks)
+        for part in keys:
+            readable[:, part] = masks[:, part]
+        assert relative_error(out[:, :, queries], literal(q, k, v, readable)[:, :, queries]) <= TOLERANCE
 
 
 # --- vanilla queries (eq. 4) ------------------------------------------------------------------------------------------

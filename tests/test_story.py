@@ -15,9 +15,9 @@ from torch import Tensor
 from consistory import ConsistoryConfig, FreeU, QueryBlend, ddim
 from consistory.attention import AttentionControl
 from consistory.config import ScheduleConfig, UNetConfig
-from consistory.correspondence import nearest_patches, smooth
+from consistory.correspondence import nearest_in_regions, nearest_patches, smooth
 from consistory.injection import Injection, plan_injection
-from consistory.masks import average_maps, draw_dropout, subject_masks
+from consistory.masks import average_maps, concept_masks, draw_dropout, region_bits, subject_masks
 from consistory.sdsa import Consistent, RecordQueries, Sharing
 from consistory.story import Plan, State, Told, blend_weight, denoise, tell
 from consistory.unet import Conditioning, UNet
@@ -102,17 +102,20 @@ def naive_tell(plan: Plan, x: Tensor) -> Told:
     timesteps = ddim.timesteps(plan.schedule, plan.steps)
     dift_step = min(range(plan.steps), key=lambda i: abs(timesteps[i] - 261))
     stop = plan.steps if plan.config.first_pass == "full" else dift_step + 1
-    _, masks, features = naive_pass(plan, x, stop, None)
+    _, masks, features, concepts = naive_pass(plan, x, stop, None)
     dift = smooth(features[dift_step])
-    nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
+    if plan.config.separate_subjects:
+        nearest = {s: nearest_in_regions(dift, size, concepts[s], plan.anchors) for s, size in plan.sizes.items()}
+    else:
+        nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
     injection = plan_injection(nearest[2], masks[2], plan.config.alpha)
     return Told(naive_pass(plan, x, plan.steps, injection)[0], masks, nearest)
 
 
 def naive_pass(
     plan: Plan, x: Tensor, stop: int, injection: Injection | None
-) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
-    """Latents, masks and features of every step, after the first `stop` steps.
+) -> tuple[Tensor, dict[int, Tensor], list[Tensor], dict[int, Tensor]]:
+    """Latents, masks, features of every step and masks of each concept, after the first `stop` steps.
 
     Means and DDIM steps are the library's, so that not even a rounding error differs; diffusers checks those elsewhere.
     """
@@ -133,8 +136,11 @@ def naive_pass(
     def masks() -> dict[int, Tensor]:
         if not config.masking:
             return {s: torch.ones(n, a * b, dtype=torch.bool) for s, (a, b) in sizes.items()}
+        return subject_masks(average(), sizes[4], sizes)
+
+    def average() -> Tensor:
         recent = history[-config.mask_history :] if config.mask_history else history
-        return subject_masks(average_maps(recent), sizes[4], sizes)
+        return average_maps(recent)
 
     for i, t in enumerate(timesteps[:stop]):
         sample = torch.cat([x, x]).double()
@@ -147,6 +153,9 @@ def naive_pass(
         if config.sdsa and i > 0:
             keys = {s: mask[: plan.anchors] & kept[s][i] for s, mask in masks().items()}
             sharing = Sharing(keys, ~torch.eye(n, plan.anchors, dtype=torch.bool), vanilla)
+            if config.separate_subjects:
+                bits = {s: region_bits(mask) for s, mask in concept_masks(average(), sizes[4], sizes).items()}
+                sharing = replace(sharing, regions={s: (bit, bit[: plan.anchors]) for s, bit in bits.items()})
         active = injection if int(first * plan.steps) <= i <= int(last * plan.steps) else None
         control = Consistent(plan.token_weights, 4, sharing, active, 2)
         unconditional, conditional = plan.unet(sample, t, plan.cond, control, config.freeu).float().chunk(2)
@@ -155,13 +164,14 @@ def naive_pass(
         history.append(average_maps(control.cross_maps))
         assert control.dift is not None
         features.append(control.dift)
-    return x, masks(), features
+    return x, masks(), features, concept_masks(average(), sizes[4], sizes)
 
 
 CONFIGS = PRESETS | {
     "freeu": replace(REFERENCE, freeu=FreeU()),
     "no-sdsa": replace(REFERENCE, sdsa=False),
     "no-mask": ConsistoryConfig(masking=False),
+    "separate-subjects": ConsistoryConfig(separate_subjects=True),
     "no-injection": ConsistoryConfig(injection=False),
     "no-blending": ConsistoryConfig(query_blend=None),
     "long-blending-short-history": ConsistoryConfig(query_blend=QueryBlend(fraction=0.3), mask_history=2),
@@ -234,6 +244,8 @@ def test_extras_depend_on_anchors(unet: UNet) -> None:
 ABLATIONS = {
     "sdsa": replace(REFERENCE, sdsa=False),
     "masking": replace(REFERENCE, masking=False),
+    "separate-subjects": replace(REFERENCE, separate_subjects=True),
+    "separate-subjects-sdsa": replace(REFERENCE, separate_subjects=True, injection=False),
     "dropout": replace(REFERENCE, dropout=0.0),
     "blending": replace(REFERENCE, query_blend=None),
     "blending-end": replace(REFERENCE, query_blend=QueryBlend(end=0.1)),
@@ -256,6 +268,16 @@ def reference(unet: UNet) -> Told:
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_setting_counts(unet: UNet, reference: Told, name: str) -> None:
     assert relative_error(told(unet, ABLATIONS[name]).latents, reference.latents) > 1e-4
+
+
+def test_a_single_concept_has_nothing_to_be_separated_from(unet: UNet) -> None:
+    plan = make_plan(unet)
+    plan = replace(plan, token_weights=plan.token_weights[..., :1])
+    separate = replace(plan, config=replace(plan.config, separate_subjects=True))
+    with torch.no_grad():
+        together, apart = (tell(each, noise(plan)) for each in (plan, separate))
+    assert relative_error(apart.latents, together.latents) <= 1e-6
+    assert torch.equal(apart.masks[2], together.masks[2])
 
 
 def test_seed_of_dropout_counts(unet: UNet, reference: Told) -> None:

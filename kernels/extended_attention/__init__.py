@@ -17,6 +17,7 @@ def extended_attention(
     anchor_k: Tensor | None = None,
     anchor_v: Tensor | None = None,
     q_blend: tuple[Tensor, float] | None = None,
+    regions: tuple[Tensor, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Every image attends to its own patches and to the kept patches of the anchors it shares (equations 2-3).
@@ -26,6 +27,8 @@ def extended_attention(
     share           bool [N, A], which images read which anchor; an image reads its own patches in any case
     anchor_k, _v    [G, A, H, P, d]: recorded anchors; without them the anchors are the first A images of the batch
     q_blend         (q_vanilla [G, N, H, P, d], weight): queries are (1 - weight) * q + weight * q_vanilla (equation 4)
+    regions         (query_region int32 [N, P], key_region int32 [A, P]): bit sets; a query reads those kept keys of the
+                    anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
 
     Raises ValueError for an unknown backend.
@@ -37,9 +40,9 @@ def extended_attention(
     if chosen == "fused":
         from consistory.kernels.extended_attention import fused
 
-        return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend)
+        return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend, regions)
     if q_blend is not None:
         q_vanilla, weight = q_blend
         q = (1 - weight) * q + weight * q_vanilla
     implementation = reference if chosen == "reference" else packed
-    return implementation.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share)
+    return implementation.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, regions)

@@ -17,6 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 
+class Packed(NamedTuple):
+    """The kept keys and values of every anchor [G, A, H, P, d], their regions [A, P], and their number int32 [A]."""
+
+    k: Tensor
+    v: Tensor
+    region: Tensor | None
+    length: Tensor
+
+
 class Tile(NamedTuple):
     """Queries and keys of one block, and the resources of the program that holds it."""
 
@@ -42,25 +51,29 @@ def extended_attention(
     key_mask: Tensor,
     share: Tensor,
     q_blend: tuple[Tensor, float] | None = None,
+    regions: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Shapes as in `consistory.kernels.extended_attention`; rows of d values contiguous, other strides free.
 
     The result is laid out [G, N, P, H, d], so that joining its heads is a view.
     """
-    packed_k, packed_v, length = pack(anchor_k, anchor_v, key_mask)
-    return attend(q, k, v, packed_k, packed_v, length, share, q_blend, tile)
+    query_region, key_region = regions or (None, None)
+    packed = pack(anchor_k, anchor_v, key_mask, key_region)
+    return attend(q, k, v, packed, share, q_blend, query_region, tile)
 
 
-def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, key_region: Tensor | None = None) -> Packed:
     """Move the kept rows of every anchor to its front, in order.
 
     anchor_k, _v    [G, A, H, P, d]
     key_mask        bool [A, P]
-    returns         packed_k, packed_v [G, A, H, P, d], defined up to each anchor's length, and length int32 [A]
+    key_region      int32 [A, P], or None
+    returns         rows defined up to each anchor's length
     """
     halves, anchors, heads, patches, head_size = anchor_k.shape
     packed_k, packed_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v))
+    packed_region = None if key_region is None else key_region.new_empty(key_region.shape)
     length = torch.empty(anchors, dtype=torch.int32, device=anchor_k.device)
     width = triton.next_power_of_2(head_size)
     rows = pack_rows(width, anchor_k.dtype)
@@ -68,11 +81,12 @@ def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor) -> tuple[Tensor, 
         grid = (triton.cdiv(patches, rows), heads, halves * anchors)
         pack_kernel[grid](
             anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.contiguous().view(torch.uint8),
-            packed_k, packed_v, length, anchors, heads, patches,
-            HEAD_SIZE=head_size, WIDTH=width, ROWS=rows, MASK_SIZE=triton.next_power_of_2(patches),
-            num_warps=8, enable_fp_fusion=True,
+            length if key_region is None else key_region.contiguous(),
+            packed_k, packed_v, length if packed_region is None else packed_region, length, anchors, heads, patches,
+            REGIONS=key_region is not None, HEAD_SIZE=head_size, WIDTH=width, ROWS=rows,
+            MASK_SIZE=triton.next_power_of_2(patches), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return packed_k, packed_v, length
+    return Packed(packed_k, packed_v, packed_region, length)
 
 
 def pack_rows(width: int, dtype: torch.dtype) -> int:
@@ -84,24 +98,28 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packed_k: Tensor,
-    packed_v: Tensor,
-    length: Tensor,
+    packed: Packed,
     share: Tensor,
     q_blend: tuple[Tensor, float] | None = None,
+    query_region: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d]."""
+    """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d].
+
+    query_region: int32 [N, P], if regions were packed.
+    """
     halves, images, heads, patches, head_size = q.shape
     width = triton.next_power_of_2(head_size)
     tile = tile or tile_for(q.dtype)
     q_vanilla, weight = q_blend if q_blend is not None else (q, 0.0)
+    packed_region = packed.region if query_region is not None else packed.length
     out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
     attend_kernel[(triton.cdiv(patches, tile.queries), heads, halves * images)](
         q, q.stride(), q_vanilla, q_vanilla.stride(), k, k.stride(), v, v.stride(),
-        packed_k, packed_v, length, share.contiguous().view(torch.uint8), out, out.stride(),
+        packed.k, packed.v, packed_region, packed.length, share.contiguous().view(torch.uint8),
+        packed.length if query_region is None else query_region.contiguous(), out, out.stride(),
         weight, log2(torch.e) / head_size**0.5, images, share.shape[1], heads, patches,
-        BLEND=q_blend is not None, HEAD_SIZE=head_size, WIDTH=width,
+        BLEND=q_blend is not None, REGIONS=query_region is not None, HEAD_SIZE=head_size, WIDTH=width,
         QUERIES=tile.queries, KEYS=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -129,9 +147,9 @@ def load_rows(ptr, stride, row, rows, ALL: tl.constexpr, HEAD_SIZE: tl.constexpr
 
 @triton.jit
 def pack_kernel(
-    k_ptr, k_strides, v_ptr, v_strides, mask_ptr,
-    packed_k_ptr, packed_v_ptr, length_ptr, anchors, heads, patches,
-    HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK_SIZE: tl.constexpr,
+    k_ptr, k_strides, v_ptr, v_strides, mask_ptr, region_ptr,
+    packed_k_ptr, packed_v_ptr, packed_region_ptr, length_ptr, anchors, heads, patches,
+    REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows, a head, a half and anchor. mask uint8 [A, P]."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -145,6 +163,9 @@ def pack_kernel(
     end = tl.sum(before) + tl.cumsum(kept)
     if block == tl.num_programs(0) - 1 and half + head == 0:
         tl.store(length_ptr + anchor, tl.max(end))
+    if REGIONS and half + head == 0:
+        region = tl.load(region_ptr + anchor * patches + row, mask=kept != 0)
+        tl.store(packed_region_ptr + anchor * patches + end - kept, region, mask=kept != 0)
 
     column = tl.arange(0, WIDTH)
     copied = (kept != 0)[:, None] & (column < HEAD_SIZE)[None, :]
@@ -161,11 +182,21 @@ def pack_kernel(
 
 
 @triton.jit
-def fold(q, k, v, acc, norm, m, scale, left, WHOLE: tl.constexpr, KEYS: tl.constexpr):
-    """One block of keys into the online softmax. Unless WHOLE, only its first `left` keys count."""
+def fold(
+    q, query_region, k, v, region_ptr, acc, norm, m, scale, left,
+    WHOLE: tl.constexpr, REGIONS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the online softmax. Unless WHOLE, only its first `left` keys count.
+
+    REGIONS: of these, only those that have a bit of their region in common with the query's.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if not WHOLE:
         scores = tl.where((tl.arange(0, KEYS) < left)[None, :], scores, float("-inf"))
+    if REGIONS:
+        key = tl.arange(0, KEYS)
+        key_region = tl.load(region_ptr + key, mask=key < left, other=0)
+        scores = tl.where((query_region[:, None] & key_region[None, :]) != 0, scores, float("-inf"))
     new_m = tl.maximum(m, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - new_m[:, None])
     decay = tl.exp2(m - new_m)
@@ -175,32 +206,37 @@ def fold(q, k, v, acc, norm, m, scale, left, WHOLE: tl.constexpr, KEYS: tl.const
 
 @triton.jit
 def stream(
-    q, acc, norm, m, k_ptr, k_stride, v_ptr, v_stride, length, scale,
-    HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    q, query_region, acc, norm, m, k_ptr, k_stride, v_ptr, v_stride, region_ptr, length, scale,
+    REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Fold `length` keys into the online softmax: acc [Q, WIDTH], its normaliser [Q] and the running maximum m [Q].
 
-    Whole blocks need no mask; what is left over comes last.
+    Whole blocks need no mask; what is left over comes last. A block that no query may read leaves everything as it
+    is, since m is finite from the image's own keys.
     """
     key = tl.arange(0, KEYS)
     whole = length // KEYS * KEYS
     for start in range(0, whole, KEYS):
         k = load_rows(k_ptr, k_stride, start + key, length, True, HEAD_SIZE, WIDTH)
         v = load_rows(v_ptr, v_stride, start + key, length, True, HEAD_SIZE, WIDTH)
-        acc, norm, m = fold(q, k, v, acc, norm, m, scale, KEYS, True, KEYS)
+        acc, norm, m = fold(
+            q, query_region, k, v, region_ptr + start, acc, norm, m, scale, KEYS, True, REGIONS, KEYS
+        )  # fmt: skip
     if whole < length:
         k = load_rows(k_ptr, k_stride, whole + key, length, False, HEAD_SIZE, WIDTH)
         v = load_rows(v_ptr, v_stride, whole + key, length, False, HEAD_SIZE, WIDTH)
-        acc, norm, m = fold(q, k, v, acc, norm, m, scale, length - whole, False, KEYS)
+        acc, norm, m = fold(
+            q, query_region, k, v, region_ptr + whole, acc, norm, m, scale, length - whole, False, REGIONS, KEYS
+        )  # fmt: skip
     return acc, norm, m
 
 
 @triton.jit
 def attend_kernel(
     q_ptr, q_strides, vanilla_ptr, vanilla_strides, k_ptr, k_strides, v_ptr, v_strides,
-    packed_k_ptr, packed_v_ptr, length_ptr, share_ptr, out_ptr, out_strides,
+    packed_k_ptr, packed_v_ptr, packed_region_ptr, length_ptr, share_ptr, region_ptr, out_ptr, out_strides,
     weight, scale, images, anchors, heads, patches,
-    BLEND: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLEND: tl.constexpr, REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries, a head, a half and image. share uint8 [N, A]; scale = log2(e) / sqrt(d)."""
@@ -213,6 +249,9 @@ def attend_kernel(
         vanilla_ptr += offset(vanilla_strides, half, image, head)
         q_vanilla = load_rows(vanilla_ptr, vanilla_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
         q = ((1 - weight) * q + weight * q_vanilla).to(q.dtype)
+    query_region = row
+    if REGIONS:
+        query_region = tl.load(region_ptr + image * patches + row, mask=row < patches, other=0)
 
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     norm = tl.zeros([QUERIES], tl.float32)
@@ -220,15 +259,16 @@ def attend_kernel(
     own_k = k_ptr + offset(k_strides, half, image, head)
     own_v = v_ptr + offset(v_strides, half, image, head)
     acc, norm, m = stream(
-        q, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], patches, scale, HEAD_SIZE, WIDTH, KEYS
-    )
+        q, query_region, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], region_ptr, patches, scale,
+        False, HEAD_SIZE, WIDTH, KEYS,
+    )  # fmt: skip
     for anchor in range(anchors):
         reads = tl.load(share_ptr + image * anchors + anchor) != 0
         length = tl.load(length_ptr + anchor, mask=reads, other=0)
         first = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches * HEAD_SIZE
         acc, norm, m = stream(
-            q, acc, norm, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE, length, scale,
-            HEAD_SIZE, WIDTH, KEYS,
+            q, query_region, acc, norm, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE,
+            packed_region_ptr + anchor * patches, length, scale, REGIONS, HEAD_SIZE, WIDTH, KEYS,
         )  # fmt: skip
 
     column = tl.arange(0, WIDTH)

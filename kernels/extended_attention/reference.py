@@ -5,7 +5,14 @@ from torch import Tensor
 
 
 def extended_attention(
-    q: Tensor, k: Tensor, v: Tensor, anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, share: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    anchor_k: Tensor,
+    anchor_v: Tensor,
+    key_mask: Tensor,
+    share: Tensor,
+    regions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """In float32, with every score in memory. Shapes as in `consistory.kernels.extended_attention`.
 
@@ -18,6 +25,10 @@ def extended_attention(
     own = torch.einsum("gnhpd,gnhsd->gnhps", query, key) / head_size**0.5
     shared = torch.einsum("gnhpd,gahsd->gnhpas", query, anchor_k.float()) / head_size**0.5
     shared = shared + log_mask[:, None, None]
+    if regions is not None:
+        query_region, key_region = regions
+        readable = query_region[:, :, None, None] & key_region != 0  # [N, P, A, P]
+        shared = shared.masked_fill(~readable[:, None], -torch.inf)
 
     joined = torch.cat([own, shared.flatten(-2)], dim=-1).softmax(dim=-1)
     p_own, p_shared = joined[..., :patches], joined[..., patches:].unflatten(-1, (-1, patches))
