@@ -122,6 +122,13 @@ def encode_png(image: Pixels, text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(image: Pixels, quality: int) -> bytes:
+    """uint8 [H, W, 3] -> the bytes of a JPEG, colours at full resolution."""
+    buffer = io.BytesIO()
+    _pillow().Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Whoever looks at the path sees the file before, or the whole file after, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

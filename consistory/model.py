@@ -31,7 +31,7 @@ from .arguments import (
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
-from .story import OnStep, Plan, tell
+from .story import Observer, OnStep, Plan, tell
 from .subject import Recipe, Subject
 from .text import TextEncoder
 from .tokenizer import Tokenizer
@@ -191,6 +191,7 @@ class ConsiStory:
         latents: Tensor | None = None,
         config: ConsistoryConfig | None = None,
         on_step: OnStep = lambda done, total: None,
+        observer: Observer | None = None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
 
@@ -202,6 +203,7 @@ class ConsiStory:
         width, height: in pixels; by default what the checkpoint was trained for.
         config: the method's settings; by default `ConsistoryConfig()`.
         on_step: called as on_step(done, total) after every denoising step.
+        observer: looks on, such as a `consistory.explain.Trace`.
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
@@ -221,12 +223,17 @@ class ConsiStory:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
         check_latents(latents, (images, self.unet.config.channels, *size))
 
+        observer = observer or Observer()
+        observer.stage("prompts")
         plan = Plan(
             unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
             token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
-            seed=seeds[0], latent_size=size,
+            seed=seeds[0], latent_size=size, observer=observer,
         )
         told = tell(plan, latents.to(self.device, torch.float32), on_step)
+        observer.stage("pictures")
+        images = self.decode(told.latents)
+        observer.stage("done")
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
@@ -239,7 +246,7 @@ class ConsiStory:
         )
         masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
         return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
+            images=images, prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
             latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
         )
 

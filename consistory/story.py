@@ -26,12 +26,27 @@ from .unet import Conditioning, UNet
 Masks = dict[int, Tensor]  # {latent stride: bool [N, P]}
 
 
+class Observer:
+    """Looks on while a story is told. This class itself does nothing; `consistory.explain.Trace` takes notes."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: "prompts", "first pass", "correspondence", "second pass", "pictures", then "done"."""
+
+    def control(self, plan: Plan, state: State, control: Consistent) -> AttentionControl:
+        """Before a consistent call: what the UNet is called with, the control itself or one around it."""
+        return control
+
+    def step(self, plan: Plan, before: State, after: State, output: Tensor) -> None:
+        """After a step. output: [N, 4, h, w], what the model predicted, guided."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that stays the same while a story is told.
 
     cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
+    observer: told of everything that happens; changes nothing.
     """
 
     unet: UNet
@@ -44,6 +59,7 @@ class Plan:
     anchors: int
     seed: int
     latent_size: Size
+    observer: Observer = field(default_factory=Observer)
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -111,6 +127,7 @@ OnStep = Callable[[int, int], None]  # steps done, steps in all
 def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> Told:
     """Denoise N latents x [N, 4, h, w] into pictures of one subject. Calls on_step after each step of either pass."""
     start = State(0, x, [])
+    plan.observer.stage("first pass")
     if not plan.config.injection:
         for state in denoise(plan, start, plan.steps):
             on_step(state.step, plan.steps)
@@ -130,6 +147,7 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
     masks = current_masks(plan, state)
 
     # Correspondence (§4.3)
+    plan.observer.stage("correspondence")
     assert dift is not None
     dift = smooth(dift.float())
     nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
@@ -137,6 +155,7 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
 
     # Pass 2
+    plan.observer.stage("second pass")
     for state in denoise(plan, resume, plan.steps, injection):
         on_step(first + state.step - branch, total)
     return Told(state.x, masks, nearest)
@@ -155,7 +174,8 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         if control.cross_maps:
             history = plan.config.mask_history or plan.steps
             cross_maps = [*cross_maps, average_maps(control.cross_maps)][-history:]
-        state = State(state.step + 1, x, cross_maps, control.dift)
+        before, state = state, State(state.step + 1, x, cross_maps, control.dift)
+        plan.observer.step(plan, before, state, output)
         yield state
 
 
@@ -164,12 +184,13 @@ def guided_output(plan: Plan, state: State, injection: Injection | None) -> tupl
     x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
     sharing = plan_sharing(plan, state)
     control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
-    encoded = plan.unet.encode(x, t, plan.cond, control)
+    observed = plan.observer.control(plan, state, control)
+    encoded = plan.unet.encode(x, t, plan.cond, observed)
     if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
         plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
-    output = plan.unet.decode(encoded, control, plan.config.freeu)
+    output = plan.unet.decode(encoded, observed, plan.config.freeu)
     unconditional, conditional = output.float().chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control
 
