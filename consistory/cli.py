@@ -18,7 +18,7 @@ from .config import ConsistoryConfig, FreeU
 from .images import GRID, check_can_save
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
-    from .model import ConsiStory, Story
+    from .model import ConsiStory
 
 DESCRIPTION = """\
 Draw one subject in several settings and keep it the same one, without training (ConsiStory, Tewel et al. 2024).
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings_on_stderr():
             check_can_save(args.out)
-            make(args).save(args.out)
+            result = make(args)
     except ConsistoryError as error:
         print("consistory: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -80,12 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("consistory: interrupted", file=sys.stderr)
         return 130
     if not args.quiet:
-        print(f"The story is in {args.out}: look at {args.out / GRID}")
+        print(result)
     return 0
 
 
-def draw(args: argparse.Namespace) -> Story:
-    """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
+def draw(args: argparse.Namespace) -> str:
+    """Load the model, tell the story and save it; returns where it is.
+
+    Raises ConsistoryError, before any drawing, for arguments that do not fit.
+    """
+    from .explain import PAGE, Trace
+
+    trace = Trace() if args.explain else None
     if args.save_subject is not None:
         check_can_save(args.save_subject.absolute().parent)
     with told_if_out_of_memory():
@@ -105,21 +111,28 @@ def draw(args: argparse.Namespace) -> Story:
                 height=args.height,
                 config=method(args),
                 on_step=on_step,
+                observer=trace,
             )
+    story.save(args.out)
     if args.save_subject is not None:
         story.subject.save(args.save_subject)
-    return story
+    if trace is not None:
+        trace.save(story, args.out / PAGE)
+        return f"The story is in {args.out}: look at {args.out / GRID} and, in a browser, {args.out / PAGE}"
+    return f"The story is in {args.out}: look at {args.out / GRID}"
 
 
-def extend(args: argparse.Namespace) -> Story:
-    """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
+def extend(args: argparse.Namespace) -> str:
+    """Load the model and the subject, draw more of it and save it. Returns and raises as `draw` does."""
     from .subject import Subject
 
     with told_if_out_of_memory():
         subject = Subject.load(args.subject, load(args))
         seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
         with progress_bar(args.quiet) as on_step:
-            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+            story = subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+    story.save(args.out)
+    return f"The story is in {args.out}: look at {args.out / GRID}"
 
 
 @contextmanager
@@ -221,6 +234,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--save-subject", metavar="FILE", type=Path,
         help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
+    )
+    output.add_argument(
+        "--explain", action="store_true",
+        help="also write story.html, a page that shows how the pictures came about (default: off)",
     )
     add_model(parser)
 

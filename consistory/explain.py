@@ -155,7 +155,7 @@ class Trace(Observer):
                 if control.sharing is not None and control.sharing.vanilla is not None:
                     recorded, weight = control.sharing.vanilla
                     plain = recorded.queries[site][images:]
-                    pull.add(1 - F.cosine_similarity(q[: shown(plan)].float(), plain[: shown(plan)].float(), -1).mean(1))
+                    pull.add(1 - F.cosine_similarity(q.float(), plain.float(), -1).mean(1)[: shown(plan)])
                     q = (1 - weight) * q + weight * plain
                 if wanted:
                     reading.add(self._read(plan, q, k, control))

@@ -17,7 +17,7 @@ FOLDERS = {"consistory": "consistory", "kernels": "consistory.kernels", "weights
 PROGRAMS = {"consistory.weights.sprites.train", "consistory.weights.sprites.oracle"}  # not imported by the library
 CHAIN = ["config", "attention", "unet", "sdsa", "story", "model", "cli"]  # each may import what comes before it
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "numpy", "einops", "triton"}
-EXTRAS = {"PIL", "tqdm"}
+EXTRAS = {"PIL", "tqdm", "yaml"}
 
 
 def source_files() -> dict[str, Path]:
