@@ -46,6 +46,9 @@ examples:
   consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
       more pictures of the same cat, later
 
+  consistory evaluate sets.yaml --clip path/to/clip-vit-large-patch14 --out evaluation
+      many stories, measured
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata."""
 
@@ -62,11 +65,28 @@ Draw more pictures of a subject that `consistory SUBJECT ... --save-subject FILE
 anchors, are drawn again along with the new ones, which come out as if all had been drawn together."""
 
 
+EVALUATE = """\
+Draw many stories, one from each set of prompts, and measure them with CLIP: how well the pictures fit their prompts,
+and how alike the subject is in the pictures of a set, their background removed.
+
+SETS is a list of entries, in YAML or JSON:
+
+  - style: a photo of          (may be left out)
+    subject: a friendly robot
+    concept_token: [robot]     (may be left out: the subject's noun)
+    settings: [reading a book, by the sea, in a cafe]
+
+Every set has its folder in --out. What has been drawn is not drawn again, so an evaluation that was interrupted goes on
+where it was. The scores go to evaluation.json."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["extend"]:
         args, make = parse_extend(argv[1:]), extend
+    elif argv[:1] == ["evaluate"]:
+        args, make = parse_evaluate(argv[1:]), evaluate
     else:
         args, make = parse(argv), draw
     try:
@@ -135,6 +155,25 @@ def extend(args: argparse.Namespace) -> str:
     return f"The story is in {args.out}: look at {args.out / GRID}"
 
 
+def evaluate(args: argparse.Namespace) -> str:
+    """Draw the sets that are not there yet, and score all of them; returns the scores as a table.
+
+    Raises ConsistoryError, before any drawing, for arguments that do not fit.
+    """
+    from .clip import CLIP
+    from .evaluate import evaluate, read_sets
+
+    sets = read_sets(args.sets)
+    with told_if_out_of_memory():
+        clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
+        with progress_bar(args.quiet) as on_step:
+            return evaluate(
+                sets, args.out, lambda: load(args), clip=clip, model=args.single_file or args.model, seed=args.seed,
+                steps=args.steps, guidance=args.guidance, anchors=args.anchors, width=args.width, height=args.height,
+                config=method(args), on_step=on_step,
+            )  # fmt: skip
+
+
 @contextmanager
 def told_if_out_of_memory() -> Iterator[None]:
     import torch
@@ -150,11 +189,17 @@ def load(args: argparse.Namespace) -> ConsiStory:
 
     from .model import ConsiStory
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args)
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     if args.single_file is not None:
         return ConsiStory.from_single_file(args.single_file, device=device, dtype=dtype)
     return ConsiStory.from_pretrained(args.model, device=device, dtype=dtype, variant=args.variant)
+
+
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def method(args: argparse.Namespace) -> ConsistoryConfig:
@@ -240,7 +285,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also write story.html, a page that shows how the pictures came about (default: off)",
     )
     add_model(parser)
+    add_sampling(parser)
+    add_method(parser)
+    return parser.parse_args(argv)
 
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--seed", type=int, nargs="+", default=[0],
@@ -251,6 +301,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
 
+
+def add_method(parser: argparse.ArgumentParser) -> None:
     consistency = parser.add_argument_group("the method")
     preset = consistency.add_mutually_exclusive_group()
     preset.add_argument(
@@ -271,7 +323,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--freeu", action=argparse.BooleanOptionalAction,
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
-    return parser.parse_args(argv)
 
 
 def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
@@ -298,9 +349,35 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `evaluate`. Exits with code 2 and one line if they are malformed."""
+    parser = Parser(
+        prog="consistory evaluate",
+        usage="consistory evaluate SETS [--out FOLDER] [--clip FOLDER] [options]",
+        description=EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sets", metavar="SETS", type=Path, help="a .yaml or .json file of prompt sets")
+    parser.add_argument(
+        "--clip", metavar="FOLDER", type=Path,
+        help="a CLIP model as transformers saves it, such as openai/clip-vit-large-patch14, downloaded (default: no "
+        "scores)",
+    )
+    add_output(parser, "evaluation")
+    add_model(parser)
+    add_sampling(parser)
+    add_method(parser)
+    args = parser.parse_args(argv)
+    if len(args.seed) > 1:
+        parser.error("--seed takes one number here: the pictures of all sets count up from it")
+    args.seed = args.seed[0]
+    return args
+
+
+def add_output(parser: argparse.ArgumentParser, folder: str = "story") -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
+    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path(folder), help=f"default: {folder}")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no last line")
     return output
 
