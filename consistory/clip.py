@@ -133,7 +133,7 @@ class CLIP:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> float32 [N, D], each of length 1."""
-        _, pooled = self.text(self.tokenizer.encode(texts).to(self.text.text_projection.weight.device))
+        _, pooled = self.text(self.tokenizer.encode(texts).to(self.vision.visual_projection.weight.device))
         return nn.functional.normalize(pooled, dim=-1).cpu()
 
     @torch.inference_mode()

@@ -232,7 +232,7 @@ class ConsiStory:
         )
         told = tell(plan, latents.to(self.device, torch.float32), on_step)
         observer.stage("pictures")
-        images = self.decode(told.latents)
+        pictures = self.decode(told.latents)
         observer.stage("done")
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
@@ -246,7 +246,7 @@ class ConsiStory:
         )
         masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
         return Story(
-            images=images, prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
+            images=pictures, prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
             latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
         )
 
