@@ -109,7 +109,8 @@ def _read_set(path: Path, number: int, entry: Any) -> PromptSet:
     where = f"set {number + 1} of {path}"
     if not isinstance(entry, dict):
         raise ConsistoryError(f"{where} is not an entry with subject and settings: see consistory evaluate --help")
-    subject, settings, style = (entry.get(key) or "" for key in ("subject", "settings", "style"))
+    subject, settings, style = (entry.get(key) for key in ("subject", "settings", "style"))
+    style = style or ""
     concepts = entry.get("concept_token") or []
     concepts = [concepts] if isinstance(concepts, str) else concepts
     texts = isinstance(subject, str) and isinstance(style, str)
