@@ -19,7 +19,7 @@ setup(
         package for root, folder in HOUSE.items() for package in [root, *(f"{root}.{p}" for p in find_packages(folder))]
     ],
     package_data={
-        "consistory": ["py.typed"],
+        "consistory": ["py.typed", "explain.html"],
         "consistory.weights": [
             "vocabulary/*",
             "sdxl/*.json",
@@ -38,8 +38,9 @@ setup(
     ],
     extras_require={
         "cli": ["pillow>=9", "tqdm>=4.60"],
+        "evaluate": ["pillow>=9", "tqdm>=4.60", "pyyaml>=6"],
         "test": [
-            "pytest>=7", "ruff", "mypy", "setuptools>=77", "pillow>=9", "tqdm>=4.60",
+            "pytest>=7", "ruff", "mypy", "setuptools>=77", "pillow>=9", "tqdm>=4.60", "pyyaml>=6",
             "diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.12", "scikit-image>=0.22",
         ],
         "bench": ["matplotlib>=3.7", "pillow>=9", "tqdm>=4.60"],

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from consistory.weights.errors import ConsistoryError
 
 from .config import ConsistoryConfig, FreeU
-from .images import GRID, Album, Record, check_can_save
+from .images import GRID, Album, Record, check_can_save, every_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
     from .distributed import Ranks
@@ -52,6 +53,9 @@ examples:
   torchrun --nproc-per-node 8 -m consistory "a cat" --settings ... --model path/to/stable-diffusion-xl-base-1.0
       the same files, drawn by eight GPUs at once
 
+  consistory evaluate sets.yaml --clip path/to/clip-vit-large-patch14 --out evaluation
+      many stories, measured
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata. Pictures are written as they are finished. If a run is cut short, the same
 command goes on: pictures that are there and were made with the same options are kept."""
@@ -70,6 +74,21 @@ been drawn together. Unless the subject was kept with --record, its first pictur
 with the new ones."""
 
 
+EVALUATE = """\
+Draw many stories, one from each set of prompts, and measure them with CLIP: how well the pictures fit their prompts,
+and how alike the subject is in the pictures of a set, their background removed.
+
+SETS is a list of entries, in YAML or JSON:
+
+  - style: a photo of          (may be left out)
+    subject: a friendly robot
+    concept_token: [robot]     (may be left out: the subject's noun)
+    settings: [reading a book, by the sea, in a cafe]
+
+Every set has its folder in --out. What has been drawn is not drawn again, so an evaluation that was interrupted goes on
+where it was. The scores go to evaluation.json."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted.
 
@@ -80,12 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = torchrun_rank() in (None, 0)
     with nullcontext() if first else silence():
         if argv[:1] == ["extend"]:
-            args, make = parse_extend(argv[1:]), extend
+            args, act = parse_extend(argv[1:]), partial(run, extend)
+        elif argv[:1] == ["evaluate"]:
+            args, act = parse_evaluate(argv[1:]), evaluate
         else:
-            args, make = parse(argv), draw
+            args, act = parse(argv), partial(run, draw)
     try:
         with warnings_on_stderr(first):
-            run(args, make)
+            result = act(args)
     except ConsistoryError as error:
         from .distributed import SharedError
 
@@ -98,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("consistory: interrupted", file=sys.stderr)
         return 130
     if first and not args.quiet:
-        print(f"The story is in {args.out}: look at {args.out / GRID}")
+        print(result)
     return 0
 
 
@@ -118,15 +139,21 @@ def silence() -> Iterator[None]:
             sys.exit(0)
 
 
-def run(args: argparse.Namespace, make: Callable[..., Story]) -> None:
-    """Draw what the folder lacks of a story, together with the other ranks, if there are any."""
+def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
+    """Draw what the folder lacks of a story, together with the other ranks, if there are any; returns where it is."""
     from .distributed import Ranks, draw_on_ranks, torchrun_ranks
+    from .explain import PAGE, Trace
 
     album = Album(args.out)
     subject_file = getattr(args, "save_subject", None)
+    trace = Trace() if getattr(args, "explain", False) else None
+    if trace is not None and (args.chunk or torchrun_rank() is not None):
+        raise ConsistoryError("--explain shows pictures that are drawn together: leave out --chunk and torchrun")
 
-    def choose(record: Record) -> list[int]:
+    def choose(record: Record) -> Sequence[int]:
         missing = album.begin(record)
+        if trace is not None:
+            return every_picture(record)
         kept = len(record["prompts"]) - len(missing)
         if kept and ranks.rank == 0 and not args.quiet:
             print(f"{kept} of {len(record['prompts'])} pictures are in {args.out} already")
@@ -140,11 +167,16 @@ def run(args: argparse.Namespace, make: Callable[..., Story]) -> None:
         return make(args, ranks, **callbacks)
 
     with nullcontext(Ranks()) if torchrun_rank() is None else torchrun_ranks() as ranks:
-        story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=album.add)
+        observer = {} if trace is None else {"observer": trace}
+        story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=album.add, **observer)
         if ranks.rank == 0:
             if subject_file is not None and not args.record:
                 story.subject.save(subject_file)
             album.finish()
+    if trace is None:
+        return f"The story is in {args.out}: look at {args.out / GRID}"
+    trace.save(story, args.out / PAGE)
+    return f"The story is in {args.out}: look at {args.out / GRID} and, in a browser, {args.out / PAGE}"
 
 
 def draw(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
@@ -186,6 +218,27 @@ def extend(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
             return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step, **callbacks)
 
 
+def evaluate(args: argparse.Namespace) -> str:
+    """Draw the sets that are not there yet, and score all of them; returns the scores as a table.
+
+    Raises ConsistoryError, before any drawing, for arguments that do not fit.
+    """
+    from .clip import CLIP
+    from .distributed import Ranks
+    from .evaluate import evaluate, read_sets
+
+    check_can_save(args.out)
+    sets = read_sets(args.sets)
+    with told_if_out_of_memory():
+        clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
+        with progress_bar(args.quiet) as on_step:
+            return evaluate(
+                sets, args.out, lambda: load(args, Ranks()), clip=clip, model=args.single_file or args.model,
+                seed=args.seed, steps=args.steps, guidance=args.guidance, anchors=args.anchors, width=args.width,
+                height=args.height, config=method(args), on_step=on_step,
+            )  # fmt: skip
+
+
 @contextmanager
 def told_if_out_of_memory() -> Iterator[None]:
     import torch
@@ -206,7 +259,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
 
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args)
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local}"
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
@@ -215,6 +268,12 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     if args.single_file is not None:
         return ConsiStory.from_single_file(args.single_file, **options, **memory)
     return ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
+
+
+def device_of(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def method(args: argparse.Namespace) -> ConsistoryConfig:
@@ -310,8 +369,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="keep in that file all that new pictures need of the first ones, so that these are not drawn again: some "
         "gigabytes for SDXL (default: they are drawn again)",
     )
+    output.add_argument(
+        "--explain", action="store_true",
+        help="also write story.html, a page that shows how the pictures came about (default: off)",
+    )
     add_model(parser)
+    add_sampling(parser)
+    add_method(parser)
+    return parser.parse_args(argv)
 
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--seed", type=int, nargs="+", default=[0],
@@ -331,6 +399,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "chunk draws the anchors again (default: all at once)",
     )
 
+
+def add_method(parser: argparse.ArgumentParser) -> None:
     consistency = parser.add_argument_group("the method")
     preset = consistency.add_mutually_exclusive_group()
     preset.add_argument(
@@ -355,7 +425,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--freeu", action=argparse.BooleanOptionalAction,
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
-    return parser.parse_args(argv)
 
 
 def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
@@ -382,7 +451,33 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `evaluate`. Exits with code 2 and one line if they are malformed."""
+    parser = Parser(
+        prog="consistory evaluate",
+        usage="consistory evaluate SETS [--out FOLDER] [--clip FOLDER] [options]",
+        description=EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sets", metavar="SETS", type=Path, help="a .yaml or .json file of prompt sets")
+    parser.add_argument(
+        "--clip", metavar="FOLDER", type=Path,
+        help="a CLIP model as transformers saves it, such as openai/clip-vit-large-patch14, downloaded (default: no "
+        "scores)",
+    )
+    add_output(parser, "evaluation")
+    add_model(parser)
+    add_sampling(parser)
+    add_method(parser)
+    args = parser.parse_args(argv)
+    if len(args.seed) > 1:
+        parser.error("--seed takes one number here: the pictures of all sets count up from it")
+    args.seed = args.seed[0]
+    return args
+
+
+def add_output(parser: argparse.ArgumentParser, folder: str = "story") -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no last lines")

@@ -112,6 +112,36 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's image encoder."""
+
+    image_size: int  # pixels, height and width
+    patch_size: int
+    width: int
+    hidden: int  # of the feed-forward layers
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" | "gelu"
+    norm_eps: float
+    projection: int
+
+    @classmethod
+    def from_json(cls, d: Json) -> VisionConfig:
+        """From the `vision_config` of transformers' CLIPModel, with its `projection_dim`."""
+        return cls(
+            image_size=d["image_size"],
+            patch_size=d["patch_size"],
+            width=d["hidden_size"],
+            hidden=d["intermediate_size"],
+            layers=d["num_hidden_layers"],
+            heads=d["num_attention_heads"],
+            activation=d["hidden_act"],
+            norm_eps=d["layer_norm_eps"],
+            projection=d["projection_dim"],
+        )
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule the model was trained with, and how sampling strides over it."""
 

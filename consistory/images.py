@@ -213,6 +213,30 @@ def encode_png(image: Pixels, text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def read_png(path: Path) -> Pixels:
+    """uint8 [H, W, 3], or [H, W] of a grey picture. Raises ConsistoryError if there is no such picture."""
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            return np.array(image)
+    except OSError:
+        raise ConsistoryError(f"{path} is missing or damaged: delete its folder, and draw it again") from None
+
+
+def resize_bicubic(image: Pixels, height: int, width: int) -> Pixels:
+    """uint8 [H, W, 3] -> [height, width, 3], with an antialiasing cubic kernel."""
+    pillow = _pillow()
+    resized = pillow.Image.fromarray(image).resize((width, height), pillow.Image.Resampling.BICUBIC)
+    return np.array(resized)
+
+
+def encode_jpeg(image: Pixels, quality: int) -> bytes:
+    """uint8 [H, W, 3] -> the bytes of a JPEG, colours at full resolution."""
+    buffer = io.BytesIO()
+    _pillow().Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Whoever looks at the path sees the file before, or the whole file after, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

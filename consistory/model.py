@@ -40,7 +40,7 @@ from .correspondence import Nearest
 from .images import Choose, OnPicture, every_picture, save_story
 from .offload import on_device
 from .recording import Recorder
-from .story import OnStep, Plan, tell
+from .story import Observer, OnStep, Plan, tell
 from .subject import Recipe, Subject, fingerprint, identity
 from .text import TextEncoder
 from .tiling import tiled_decode
@@ -256,6 +256,7 @@ class ConsiStory:
         on_step: OnStep = lambda done, total: None,
         choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
+        observer: Observer | None = None,
     ) -> Story:
         """Tell a story: one picture for each setting (or whole prompt), all of the same subject.
 
@@ -278,6 +279,7 @@ class ConsiStory:
             indices of the pictures to draw. By default all; the anchors are run along with any others. The pictures
             are those of the whole story up to rounding, and the story returned has no others.
         on_picture: called as on_picture(index, image) as soon as a picture is decoded, uint8 [H, W, 3].
+        observer: looks on, such as a `consistory.explain.Trace`.
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
@@ -304,19 +306,22 @@ class ConsiStory:
         kept = Subject(self, recipe, {}, None if latents is None else latents[:anchors].clone())
         return kept.draw(
             prompts, seeds, noise, given=latents, chunk=chunk, record=record, on_step=on_step, choose=choose,
-            on_picture=on_picture,
+            on_picture=on_picture, observer=observer,
         )
 
     @torch.inference_mode()
     def draw(
         self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, settings: dict[str, Any], *,
         places: Sequence[int], recorder: Recorder | None = None, on_step: OnStep, on_picture: OnPicture,
+        observer: Observer | None = None,
     ) -> Story:
         """A batch of pictures of a subject: its anchors first, or, where they are recorded, other pictures alone.
 
         prompts, seeds, latents [N, 4, h, w]: of every picture to denoise.
         places: which of these to decode; the story returned has no others.
         """
+        observer = observer or Observer()
+        observer.stage("prompts")
         recipe = subject.recipe
         height, width = recipe.height, recipe.width
         context, pooled = self._contexts(prompts, recipe.negative_prompt, recipe.clip_skip)
@@ -329,6 +334,7 @@ class ConsiStory:
                 token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
                 guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
                 latent_size=self.latent_shape(height, width)[1:], recorded=subject.recorded, recorder=recorder,
+                observer=observer,
             )
             told = tell(plan, x, on_step)
             del plan  # its keys and values of the prompts take memory that decoding may need
@@ -336,9 +342,11 @@ class ConsiStory:
             anchors = len(recipe.prompts)
             subject = replace(subject, masks={stride: mask[:anchors] for stride, mask in told.masks.items()})
         chosen = list(places)
+        observer.stage("pictures")
+        images = self.decode(told.latents[chosen], on_picture)
+        observer.stage("done")
         return Story(
-            images=self.decode(told.latents[chosen], on_picture),
-            prompts=[prompts[i] for i in chosen], concepts=recipe.concepts, seeds=[seeds[i] for i in chosen],
+            images=images, prompts=[prompts[i] for i in chosen], concepts=recipe.concepts, seeds=[seeds[i] for i in chosen],
             settings=settings, latents=told.latents[chosen], masks={s: mask[chosen] for s, mask in told.masks.items()},
             nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in told.nearest.items()},
             subject=subject,

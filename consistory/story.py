@@ -27,6 +27,20 @@ from .unet import Conditioning, UNet
 Masks = dict[int, Tensor]  # {latent stride: bool [N, P]}
 
 
+class Observer:
+    """Looks on while a story is told. This class itself does nothing; `consistory.explain.Trace` takes notes."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: "prompts", "first pass", "correspondence", "second pass", "pictures", then "done"."""
+
+    def control(self, plan: Plan, state: State, control: Consistent) -> AttentionControl:
+        """Before a consistent call: what the UNet is called with, the control itself or one around it."""
+        return control
+
+    def step(self, plan: Plan, before: State, after: State, output: Tensor) -> None:
+        """After a step. output: [N, 4, h, w], what the model predicted, guided."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that stays the same while a story is told.
@@ -35,6 +49,7 @@ class Plan:
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
     recorded: the A anchors if they were drawn before; then none of the N images is one.
     recorder: writes down what later images will need of the anchors.
+    observer: told of everything that happens; changes nothing.
     """
 
     unet: UNet
@@ -49,6 +64,7 @@ class Plan:
     latent_size: Size
     recorded: Recorded | None = None
     recorder: Recorder | None = None
+    observer: Observer = field(default_factory=Observer)
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -118,6 +134,7 @@ OnStep = Callable[[int, int], None]  # steps done, steps in all
 def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> Told:
     """Denoise N latents x [N, 4, h, w] into pictures of one subject. Calls on_step after each step of either pass."""
     start = State(0, x, [])
+    plan.observer.stage("first pass")
     if not plan.config.injection:
         for state in denoise(plan, start, plan.steps):
             on_step(state.step, plan.steps)
@@ -138,12 +155,14 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
     masks = {s: region.any(dim=1) for s, region in regions.items()}
 
     # Correspondence (§4.3)
+    plan.observer.stage("correspondence")
     assert dift is not None
     nearest = correspondences(plan, dift, regions)
     finest = plan.unet.strides[0]
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
 
     # Pass 2
+    plan.observer.stage("second pass")
     for state in denoise(plan, resume, plan.steps, injection):
         on_step(first + state.step - branch, total)
     return Told(state.x, masks, nearest)
@@ -162,7 +181,8 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         if control.cross_maps:
             history = plan.config.mask_history or plan.steps
             cross_maps = [*cross_maps, average_maps(control.cross_maps)][-history:]
-        state = State(state.step + 1, x, cross_maps, control.dift)
+        before, state = state, State(state.step + 1, x, cross_maps, control.dift)
+        plan.observer.step(plan, before, state, output)
         yield state
 
 
@@ -175,12 +195,13 @@ def guided_output(plan: Plan, state: State, injection: Injection | None, call: C
     control = Consistent(
         plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0], recorded, recorder
     )
-    encoded = plan.unet.encode(x, t, plan.cond, control)
+    observed = plan.observer.control(plan, state, control)
+    encoded = plan.unet.encode(x, t, plan.cond, observed)
     if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
         plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
-    output = plan.unet.decode(encoded, control, plan.config.freeu)
+    output = plan.unet.decode(encoded, observed, plan.config.freeu)
     unconditional, conditional = output.float().chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control
 

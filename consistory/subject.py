@@ -33,7 +33,7 @@ from .arguments import (
 from .config import ConsistoryConfig
 from .images import Choose, OnPicture, describe, every_picture
 from .recording import Recorded, Recorder, most_tensors
-from .story import OnStep
+from .story import Observer, OnStep
 from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class Subject:
     def draw(
         self, prompts: list[str], seeds: list[int], noise: Tensor, *, first: int = 0, given: Tensor | None,
         chunk: int | None, record: str | Path | None = None, on_step: OnStep, choose: Choose, on_picture: OnPicture,
+        observer: Observer | None = None,
     ) -> Story:
         """What a story and its extension share. prompts, seeds, noise [N, 4, h, w]: of anchors, then of all others.
 
@@ -139,6 +140,7 @@ class Subject:
                     places=[run.index(i) for i in batch], recorder=recorder,
                     on_step=lambda done, total, number=number: on_step(number * total + done, len(batches) * total),
                     on_picture=lambda place, image, batch=batch: on_picture(batch[place] - first, image),
+                    observer=observer,
                 )
             subject = part.subject
             if recorder is not None:

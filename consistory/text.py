@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import TextConfig
+from .config import TextConfig, VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -19,10 +19,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-class CausalAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -31,12 +31,12 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in projected)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
 class MLP(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c: TextConfig | VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(c.width, c.hidden)
         self.fc2 = nn.Linear(c.hidden, c.width)
@@ -47,10 +47,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c: TextConfig | VisionConfig, causal: bool):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(c.width, eps=c.norm_eps)
-        self.self_attn = CausalAttention(c.width, c.heads)
+        self.self_attn = SelfAttention(c.width, c.heads, causal)
         self.layer_norm2 = nn.LayerNorm(c.width, eps=c.norm_eps)
         self.mlp = MLP(c)
 
@@ -70,16 +70,16 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    def __init__(self, c: TextConfig):
+    def __init__(self, c: TextConfig | VisionConfig, causal: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.layers = nn.ModuleList(Layer(c, causal) for _ in range(c.layers))
 
 
 class TextModel(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.embeddings = Embeddings(c)
-        self.encoder = Layers(c)
+        self.encoder = Layers(c, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width, eps=c.norm_eps)
 
 

@@ -19,7 +19,7 @@ PROGRAMS = {"consistory.weights.sprites.train", "consistory.weights.sprites.orac
 CHAIN = ["config", "attention", "unet", "recording", "sdsa", "story", "model", "distributed", "cli"]
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "numpy", "einops", "triton"}
 OF_TOKENIZERS = {"huggingface_hub"}  # a requirement of tokenizers
-EXTRAS = {"PIL", "tqdm"}
+EXTRAS = {"PIL", "tqdm", "yaml"}
 
 
 def source_files() -> dict[str, Path]:

@@ -15,7 +15,7 @@ import consistory
 
 ROOT = Path(__file__).parent.parent
 HOUSE = {"consistory": "consistory", "kernels": "consistory/kernels", "weights": "consistory/weights"}
-DATA = {".py", ".typed", ".json", ".txt", ".safetensors", ""}
+DATA = {".py", ".typed", ".html", ".json", ".txt", ".safetensors", ""}
 
 
 def pip(*arguments: str | Path) -> None:

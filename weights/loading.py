@@ -4,6 +4,7 @@
     read_model_index(folder) -> dict                            of an SDXL checkpoint in the diffusers layout
     folder_component(folder, name, variant) -> Component        its "unet", "vae", "text_encoder" or "text_encoder_2"
     vae_component(path, own) -> Component                       an autoencoder on its own, in any layout
+    clip_components(folder) -> {name: Component}                "text" and "vision" of a CLIP model
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
@@ -67,6 +68,26 @@ OTHER_FAMILIES = {
     r"(control_model|controlnet_cond_embedding)\.": "a ControlNet",
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
+
+
+# How the parameters of CLIP's two encoders begin, and the sizes of ViT-B/32, which its configs need not repeat.
+CLIP_PARTS: dict[str, tuple[tuple[str, ...], Json]] = {
+    "text": (
+        ("text_model.", "text_projection."),
+        {
+            "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+    ),
+    "vision": (
+        ("vision_model.", "visual_projection."),
+        {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        },
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,29 @@ def _check_latents(path: Path, config: Json, own: Json) -> None:
     for key, (there, here) in values.items():
         if there != here:
             raise ConsistoryError(f"{path} is made for other latents ({key} {there}, not {here}): give a VAE of SDXL")
+
+
+def clip_components(folder: Path) -> dict[str, Component]:
+    """Both encoders of a CLIP model in transformers' layout, "text" and "vision", each with its part of the config.
+
+    What a config leaves out has the value that transformers documents.
+    Raises ConsistoryError if a file is missing, damaged or pickled, or the folder holds another model.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise ConsistoryError(
+            f"{folder} holds no CLIP model ({config.get('model_type', 'of unknown type')}): "
+            "give one in transformers' layout, such as openai/clip-vit-large-patch14"
+        )
+    path = folder / choose_weights([path.name for path in folder.iterdir()], None, folder)
+    stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
+    projection = {"projection_dim": config.get("projection_dim", 512)}
+    components = {}
+    for name, (prefixes, defaults) in CLIP_PARTS.items():
+        tensors = {key: read for key, read in stored.items() if key.startswith(prefixes)}
+        part = {**defaults, **config.get(f"{name}_config", {}), **projection}
+        components[name] = part, TensorSource(f"the {name} encoder of {folder}", tensors)
+    return components
 
 
 def sdxl_configs() -> dict[str, Json]:

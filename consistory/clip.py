@@ -1,0 +1,144 @@
+"""CLIP (Radford et al. 2021): texts and pictures as vectors that can be compared.
+
+The text encoder is that of `text.py`. Parameter names are those of transformers' CLIPModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from consistory.weights import loading
+
+from .arguments import usable_device
+from .config import TextConfig, VisionConfig
+from .images import Pixels, resize_bicubic
+from .text import Layers, TextEncoder
+from .tokenizer import Tokenizer
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, red, green, blue
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+BATCH = 16  # pictures at a time
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.width))
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(1 + (c.image_size // c.patch_size) ** 2, c.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 1 + P, C], the class's state first."""
+        patches = rearrange(self.patch_embedding(pixels), "b c h w -> b (h w) c")
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionModel(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.width, eps=c.norm_eps)  # spelt so in every published checkpoint
+        self.encoder = Layers(c, causal=False)
+        self.post_layernorm = nn.LayerNorm(c.width, eps=c.norm_eps)
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.vision_model = VisionModel(config)
+        self.visual_projection = nn.Linear(config.width, config.projection, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] -> [B, D], the class's final, normed state, projected."""
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        for layer in self.vision_model.encoder.layers:
+            x = layer(x)
+        return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a picture is made ready: its shorter side resized to `size`, the centre cut out, colours normalised."""
+
+    size: int
+    crop: tuple[int, int]  # height, width
+    mean: tuple[float, ...] = MEAN
+    deviation: tuple[float, ...] = DEVIATION
+
+    @classmethod
+    def from_json(cls, d: dict[str, Any], image_size: int) -> Preparation:
+        """From `preprocessor_config.json`; a number may stand for {"shortest_edge": n}, or for a square to cut out."""
+        size, crop = d.get("size", image_size), d.get("crop_size", image_size)
+        return cls(
+            size=size if isinstance(size, int) else size["shortest_edge"],
+            crop=(crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"]),
+            mean=tuple(d.get("image_mean", MEAN)),
+            deviation=tuple(d.get("image_std", DEVIATION)),
+        )
+
+    def __call__(self, image: Pixels) -> Tensor:
+        """uint8 [H, W, 3] -> float32 [3, h, w]. Raises ConsistoryError if Pillow is missing."""
+        height, width = (int(self.size * side / min(image.shape[:2])) for side in image.shape[:2])
+        resized: NDArray[np.uint8] = resize_bicubic(image, height, width)
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        cut = resized[top : top + self.crop[0], left : left + self.crop[1]]
+        colours = torch.from_numpy(cut.copy()).permute(2, 0, 1) / 255
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (self.mean, self.deviation))
+        return (colours - mean) / deviation
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """Both encoders: `CLIP.from_pretrained(folder)`. Vectors have length 1, so that a dot product is a cosine."""
+
+    name: str
+    tokenizer: Tokenizer
+    text: TextEncoder
+    vision: VisionEncoder
+    prepare: Preparation
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
+        """Load a folder in transformers' layout, in float32.
+
+        Raises ConsistoryError for a missing, damaged or unsuitable folder and for an unknown device.
+        """
+        folder, device = Path(folder), usable_device(device)
+        parts = loading.clip_components(folder)
+        text, vision = TextConfig.from_json(parts["text"][0]), VisionConfig.from_json(parts["vision"][0])
+        text = replace(text, projection=vision.projection)
+        settings = folder / "preprocessor_config.json"
+        return cls(
+            name=str(folder),
+            tokenizer=Tokenizer.from_folder(folder),
+            text=loading.load_module(
+                lambda: TextEncoder(text), parts["text"][1], dtype=torch.float32, device=device
+            ),
+            vision=loading.load_module(
+                lambda: VisionEncoder(vision), parts["vision"][1], dtype=torch.float32, device=device
+            ),
+            prepare=Preparation.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
+        )
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> float32 [N, D], each of length 1."""
+        _, pooled = self.text(self.tokenizer.encode(texts).to(self.vision.visual_projection.weight.device))
+        return nn.functional.normalize(pooled, dim=-1).cpu()
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Pixels]) -> Tensor:
+        """Pictures, uint8 [H, W, 3] each -> float32 [N, D], each of length 1. Raises ConsistoryError without Pillow."""
+        pixels = torch.stack([self.prepare(image) for image in images]).to(self.vision.visual_projection.weight.device)
+        vectors = torch.cat([self.vision(batch) for batch in pixels.split(BATCH)])
+        return nn.functional.normalize(vectors, dim=-1).cpu()
