@@ -40,7 +40,7 @@ from .images import Pixels, check_can_save, encode_jpeg, encode_png, write_atomi
 from .injection import plan_injection
 from .masks import Size, average_maps
 from .sdsa import Consistent
-from .story import Masks, Observer, Plan, State, blend_weight, current_masks
+from .story import Masks, Observer, Plan, State, blend_weight, current_regions
 
 if TYPE_CHECKING:
     from .model import Story
@@ -188,7 +188,8 @@ class Trace(Observer):
             x0, _ = ddim.predict(before.x, output, alpha_bar, plan.schedule.prediction)
             masks = cross_map = None
             if before.cross_maps:
-                masks = {s: mask[: shown(plan)].cpu() for s, mask in current_masks(plan, before).items()}
+                regions = current_regions(plan, before)
+                masks = {s: region[: shown(plan)].any(dim=1).cpu() for s, region in regions.items()}
                 cross_map = average_maps(before.cross_maps)[: shown(plan)].mean(-1).float().cpu()
             self.notes.passes[-1].append(Note(before.step, x0[: shown(plan)].half().cpu(), masks, cross_map))
 

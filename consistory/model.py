@@ -346,7 +346,8 @@ class ConsiStory:
         images = self.decode(told.latents[chosen], on_picture)
         observer.stage("done")
         return Story(
-            images=images, prompts=[prompts[i] for i in chosen], concepts=recipe.concepts, seeds=[seeds[i] for i in chosen],
+            images=images, prompts=[prompts[i] for i in chosen], concepts=recipe.concepts,
+            seeds=[seeds[i] for i in chosen],
             settings=settings, latents=told.latents[chosen], masks={s: mask[chosen] for s, mask in told.masks.items()},
             nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in told.nearest.items()},
             subject=subject,
