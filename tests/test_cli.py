@@ -69,12 +69,14 @@ def test_seed_and_method_change_the_pictures(tmp_path: Path) -> None:
     assert len(pictures) == len(variants)
 
 
-def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("grade", [[], ["--record"]], ids=["recipe", "recording"])
+def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture, grade: list[str]) -> None:
     """As if all pictures had been drawn in one story."""
     kept = tmp_path / "cat.safetensors"
     options = ["--steps", "4", "--seed", "3"]
     assert command(*CAT, "in space", "in a meadow", *options, "--out", tmp_path / "all") == 0
-    assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept) == 0
+    assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept, *grade) == 0
+    assert kept.stat().st_size > 10**6 if grade else kept.stat().st_size < 10**5
     more = ["extend", kept, "--settings", "in space", "in a meadow", "--chunk", "1", "--out", tmp_path / "more"]
     assert command(*more) == 0
     for number in (1, 2):
@@ -103,6 +105,12 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert command(*CAT, "--out", out, "--save-subject", tmp_path / "file" / "cat.safetensors") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_recording_needs_a_file(tmp_path: Path, capsys: Capture) -> None:
+    assert command(*CAT, "--out", tmp_path / "out", "--record") == 2
+    assert "name it with --save-subject" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 OTHER_FACTS = {"version", "model", "dtype", "seeds", "files", "grid"}  # of a record: not arguments of the call
@@ -328,7 +336,7 @@ def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPat
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
         "steps": 50, "guidance": 5.0, "negative_prompt": None, "anchors": None, "width": None, "height": None,
-        "config": ConsistoryConfig(),
+        "config": ConsistoryConfig(), "record": None,
     }
     assert listener.saved == [Path("story")]
 
@@ -338,6 +346,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
     options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16"
+    options += " --record --save-subject cat.safetensors"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
     assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", {"device": "mps", "dtype": torch.bfloat16})
     config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
@@ -345,7 +354,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
         "anchors": 1, "width": 832, "height": 1216,
-        "config": config,
+        "config": config, "record": Path("cat.safetensors"),
     }
     assert listener.saved == [Path("there")]
 
