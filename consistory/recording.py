@@ -112,7 +112,7 @@ class RecordedCall:
 
     recorded: Recorded
     call: Call
-    key_masks: Mapping[int, Tensor]
+    key_masks: dict[int, Tensor]
 
     def keys_values(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys and values of the anchors where the key mask is, [2, A, H, P, d] each."""

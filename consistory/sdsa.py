@@ -77,7 +77,7 @@ class Consistent(AttentionControl):
         if self.sharing is None or site.part != "decoder":
             return super().self_attention(q, k, v, site)
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
-        anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded is not None else (None, None)
+        anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded else (None, None)
         out = extended_attention(
             q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, anchor_k=anchor_k, anchor_v=anchor_v,
             q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
@@ -105,7 +105,7 @@ class Consistent(AttentionControl):
         if self.injection is None or site.stride != self.injection_stride or site.part == "mid":
             return x
         unconditional, conditional = x.chunk(2)
-        conditional = self.injection(conditional, self.recorded and self.recorded.output(site))
+        conditional = self.injection(conditional, self.recorded.output(site) if self.recorded else None)
         if self.recorder is not None:
             self.recorder.output(conditional, site)
         return torch.cat([unconditional, conditional])

@@ -189,9 +189,9 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
 def guided_output(plan: Plan, state: State, injection: Injection | None, call: Call) -> tuple[Tensor, Consistent]:
     """One consistent call with guidance: the predicted noise (or v) [N, 4, h, w], and the control with its records."""
     x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
-    recorded = plan.recorded and plan.recorded.call(call)
+    recorded = plan.recorded.call(call) if plan.recorded else None
     sharing = plan_sharing(plan, state, recorded)
-    recorder = plan.recorder and plan.recorder.call(call, sharing.key_masks if sharing else {})
+    recorder = plan.recorder.call(call, sharing.key_masks if sharing else {}) if plan.recorder else None
     control = Consistent(
         plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0], recorded, recorder
     )

@@ -56,8 +56,8 @@ class TensorFile:
             self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        place = [self._end, self._end + data.size]
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        place = [self._end, self._end + data.nbytes]
         self._header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
         self._end = place[1]
         self._checksum = zlib.crc32(data, self._checksum)

@@ -69,12 +69,14 @@ def test_seed_and_method_change_the_pictures(tmp_path: Path) -> None:
     assert len(pictures) == len(variants)
 
 
-def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("grade", [[], ["--record"]], ids=["recipe", "recording"])
+def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture, grade: list[str]) -> None:
     """As if all pictures had been drawn in one story."""
     kept = tmp_path / "cat.safetensors"
     options = ["--steps", "4", "--seed", "3"]
     assert command(*CAT, "in space", "in a meadow", *options, "--out", tmp_path / "all") == 0
-    assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept) == 0
+    assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept, *grade) == 0
+    assert kept.stat().st_size > 10**6 if grade else kept.stat().st_size < 10**5
     more = ["extend", kept, "--settings", "in space", "in a meadow", "--chunk", "1", "--out", tmp_path / "more"]
     assert command(*more) == 0
     for number in (1, 2):
@@ -115,6 +117,12 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert command(*CAT, "--out", out, "--save-subject", tmp_path / "file" / "cat.safetensors") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_recording_needs_a_file(tmp_path: Path, capsys: Capture) -> None:
+    assert command(*CAT, "--out", tmp_path / "out", "--record") == 2
+    assert "name it with --save-subject" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # Of a record, what is no argument of the call.
@@ -372,6 +380,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
     options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16 --clip-skip 1"
     options += " --vae vae.safetensors --lora a.safetensors --lora b.safetensors:-0.5 --offload --tile 64 --chunk 3"
+    options += " --record --save-subject cat.safetensors"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
     added = {"vae": "vae.safetensors", "loras": [("a.safetensors", 1.0), ("b.safetensors", -0.5)]}
     how = {"device": "mps", "dtype": torch.bfloat16, "offload": True, "tile": 64, **added}
@@ -380,8 +389,8 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     assert listener.called == {
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
-        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216, "chunk": 3, "record": None,
-        "config": config,
+        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216, "chunk": 3, "config": config,
+        "record": Path("cat.safetensors"),
     }
     assert listener.saved == [Path("there")]
 

@@ -36,10 +36,10 @@ def config_of(case: dict[str, Any]) -> ConsistoryConfig:
     )
 
 
-def tell(pipe: ConsiStory, tensors: dict[str, Tensor], case: dict[str, Any]) -> Story:
+def tell(pipe: ConsiStory, tensors: dict[str, Tensor], case: dict[str, Any], **others: Any) -> Story:
     return pipe(
         prompts=case["prompts"], concepts=case["concept_token"], steps=case["n_steps"], anchors=case["n_anchors"],
-        guidance=case["guidance_scale"], latents=tensors["init_latents"], config=config_of(case),
+        guidance=case["guidance_scale"], latents=tensors["init_latents"], config=config_of(case), **others,
     )  # fmt: skip
 
 
@@ -82,11 +82,18 @@ def test_recorded_run(golden, golden_weights, monkeypatch, name):
 
 
 @pytest.mark.golden
-def test_recorded_extra(golden, golden_weights):
-    """A picture that joined cached anchors in the recording comes out the same in one story with them."""
+@pytest.mark.parametrize("grade", ["together", "recorded"])
+def test_recorded_extra(golden, golden_weights, tmp_path, grade):
+    """A picture that joined cached anchors in the recording: in one story with them, and joining ours on disk."""
     tensors, case = golden("case3_cached")
-    noise = torch.cat([tensors["anchor/init_latents"], tensors["extra0/init_latents"]])
-    case = case | {"prompts": case["prompts"] + case["extra_prompts"]}
-    told = tell(ConsiStory.from_pretrained(golden_weights), {"init_latents": noise}, case)
+    pipe = ConsiStory.from_pretrained(golden_weights)
+    anchors, extra = tensors["anchor/init_latents"], tensors["extra0/init_latents"]
+    prompts, more = case["prompts"], case["extra_prompts"]
+    if grade == "together":
+        latents = tell(pipe, {"init_latents": torch.cat([anchors, extra])}, case | {"prompts": prompts + more}).latents
+    else:
+        story = tell(pipe, {"init_latents": anchors}, case, record=tmp_path / "anchors.safetensors")
+        joined = story.subject.extend(prompts=more, latents=extra)
+        latents = torch.cat([story.latents, joined.latents])
     recorded = torch.cat([tensors[f"{part}/pass2/latents_final"] for part in ("anchor", "extra0")])
-    torch.testing.assert_close(told.latents, recorded, atol=2e-4, rtol=0)
+    torch.testing.assert_close(latents, recorded, atol=2e-4, rtol=0)
