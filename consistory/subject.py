@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,24 +128,28 @@ class Subject:
         settings = self._settings(given)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
-        subject = self
-        parts = [pipe.no_pictures(self, settings)]
         batches = split(chosen, anchors, chunk)
-        for number, batch in enumerate(batches):
+
+        def draw_batch(subject: Subject, number: int, recorder: Recorder | None) -> Story:
+            batch = batches[number]
             along = range(anchors) if subject.recorded is None and (config.sdsa or config.injection) else ()
             run = sorted({*batch, *along})
-            with nullcontext() if record is None or number else self.recording(record) as recorder:
-                part = pipe.draw(
-                    subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
-                    places=[run.index(i) for i in batch], recorder=recorder,
-                    on_step=lambda done, total, number=number: on_step(number * total + done, len(batches) * total),
-                    on_picture=lambda place, image, batch=batch: on_picture(batch[place] - first, image),
-                    observer=observer,
-                )
-            subject = part.subject
-            if recorder is not None:
-                subject = replace(subject, recorded=Recorded(record, pipe.unet))
-            parts.append(replace(part, subject=subject))
+            return pipe.draw(
+                subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
+                places=[run.index(i) for i in batch], recorder=recorder,
+                on_step=lambda done, total: on_step(number * total + done, len(batches) * total),
+                on_picture=lambda place, image: on_picture(batch[place] - first, image), observer=observer,
+            )  # fmt: skip
+
+        parts = [pipe.no_pictures(self, settings)]
+        for number in range(len(batches)):
+            if record is not None and number == 0:
+                with self.recording(record) as recorder:
+                    part = draw_batch(self, number, recorder)
+                part = replace(part, subject=replace(part.subject, recorded=Recorded(record, pipe.unet)))
+            else:
+                part = draw_batch(parts[-1].subject, number, None)
+            parts.append(part)
         return parts[0].join(parts[1:])
 
     def _settings(self, given: Tensor | None) -> dict[str, Any]:
