@@ -6,6 +6,8 @@
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
+    folder_controlnet(folder, variant) -> Component             a ControlNet in the diffusers layout
+    single_file_controlnet(path, config) -> Component           a ControlNet from one file
     load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
 A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they
@@ -63,6 +65,20 @@ OTHER_FAMILIES = {
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
 
+# The same for files and folders that are no ControlNet of SDXL, or none of a kind that works alike. The first one counts.
+NO_CONTROLNETS = {
+    r"lora_controlnet$|.*\.(up|down)$": "a Control-LoRA, the difference to some UNet",
+    r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
+    r"lllite_": "a ControlNet-LLLite",
+    r"control_add_embedding\.|task_embedding$|transformer_layes\.|spatial_ch_projs\.": "a union ControlNet, several in one",
+    r"(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.": "a whole checkpoint",
+    r"(up_blocks|output_blocks|conv_out)\.": "a UNet",
+    r"(adapter|body)\.": "a T2I-Adapter",
+    r"(image_proj|ip_adapter)\.": "an IP-Adapter",
+    r"(controlnet_blocks|transformer_blocks|double_blocks|controlnet_x_embedder)\.": "a ControlNet of another family",
+}
+CONTROLNET_ADVICE = "give a ControlNet of SDXL for a single kind of picture"
+
 
 @dataclass(frozen=True)
 class TensorSource:
@@ -70,6 +86,7 @@ class TensorSource:
 
     label: str  # for messages
     tensors: Mapping[str, Read]
+    advice: str = ADVICE  # where they do not fit
 
 
 Component = tuple[Json, TensorSource]
@@ -112,8 +129,7 @@ def folder_component(folder: Path, name: str, variant: str | None = None) -> Com
     Raises ConsistoryError if a file is missing, damaged or pickled.
     """
     config = read_json(folder / name / "config.json")
-    path = _weights_file(folder / name, variant)
-    stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
+    stored = _open_folder(folder / name, variant)
     by_original = names.index(names.FOLDER[name])
     return config, TensorSource(f"{name} of {folder}", _by_parameter(stored, by_original))
 
@@ -156,6 +172,58 @@ def single_file_schedule(path: Path, schedule: Json) -> Json:
     return {**schedule, "prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in flags}
 
 
+def folder_controlnet(folder: Path, variant: str | None = None) -> Component:
+    """A ControlNet in the diffusers layout: `config.json` and weights. variant: as for a checkpoint's component.
+
+    Raises ConsistoryError if a file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    """
+    if folder.is_file():
+        raise ConsistoryError(f"{folder} is a file, not a folder: load it as a single-file ControlNet")
+    if not folder.is_dir():
+        raise ConsistoryError(f"there is no folder {folder}: give that of a ControlNet in the diffusers layout")
+    if (folder / "model_index.json").exists():
+        raise ConsistoryError(f"{folder} is a whole checkpoint: {CONTROLNET_ADVICE}")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name", "ControlNetModel")
+    if "Union" in kind or "num_control_type" in config:
+        raise ConsistoryError(f"{folder} is a union ControlNet, several in one: {CONTROLNET_ADVICE}")
+    if kind != "ControlNetModel":
+        raise ConsistoryError(f"{folder} holds a {kind}, no ControlNet of SDXL: {CONTROLNET_ADVICE}")
+    if config.get("addition_embed_type") != "text_time":
+        raise _older_controlnet(folder, config.get("cross_attention_dim"))
+    if config.get("global_pool_conditions") or config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
+        raise ConsistoryError(f"{folder} pools its residuals or reads BGR pictures: give a usual ControlNet of SDXL")
+    return config, TensorSource(f"the ControlNet {folder}", _open_folder(folder, variant), CONTROLNET_ADVICE)
+
+
+def single_file_controlnet(path: Path, config: Json | None = None) -> Component:
+    """A ControlNet from one file, whose keys are diffusers' or, below `control_model.` or bare, the original ones.
+
+    config: its `config.json` content; None means SDXL's, with attention only where the file has it.
+    Raises ConsistoryError if the file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    """
+    stored = {key.removeprefix("control_model."): read for key, read in _open(path).items()}
+    for pattern, kind in NO_CONTROLNETS.items():
+        key = next((key for key in stored if re.match(pattern, key)), None)
+        if key is not None:
+            raise ConsistoryError(f"{path} is {kind} (it holds {key}): {CONTROLNET_ADVICE}")
+    everywhere = config or sdxl_configs()["unet"] | names.SDXL_CONTROLNET
+    tensors = _by_parameter(stored, names.index(names.controlnet_table(everywhere)))
+    if "controlnet_cond_embedding.conv_in.weight" not in tensors:
+        raise ConsistoryError(f"{path} holds no ControlNet (its keys: {_listed(stored)}): {CONTROLNET_ADVICE}")
+    if "add_embedding.linear_1.weight" not in tensors:
+        width = next((read().shape[-1] for key, read in tensors.items() if key.endswith("attn2.to_k.weight")), None)
+        raise _older_controlnet(path, width)
+    config = config or names.attended_as_stored(everywhere, tensors)
+    return config, TensorSource(f"the ControlNet {path}", tensors, CONTROLNET_ADVICE)
+
+
+def _older_controlnet(path: Path, width: int | None) -> ConsistoryError:
+    return ConsistoryError(
+        f"{path} is a ControlNet of Stable Diffusion 1 or 2 (context width {width}, no size ids): {CONTROLNET_ADVICE}"
+    )
+
+
 def load_module(
     build: Callable[[], Module], tensors: TensorSource, *, dtype: torch.dtype, device: torch.device | str
 ) -> Module:
@@ -170,7 +238,7 @@ def load_module(
     missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
     if missing or unknown:
         problems = [f"{kind}: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {ADVICE}")
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {tensors.advice}")
     state = {
         name: _of_shape(parameter.shape, tensors, name).to(device=device, dtype=dtype).contiguous()
         for name, parameter in expected.items()
@@ -183,7 +251,7 @@ def _of_shape(shape: torch.Size, tensors: TensorSource, name: str) -> Tensor:
     tensor = tensors.tensors[name]()
     if tensor.shape != shape:
         shapes = f"{name} is {list(tensor.shape)}, not {list(shape)}"
-        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {ADVICE}")
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {tensors.advice}")
     return tensor
 
 
@@ -217,6 +285,11 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
     if pickled:
         raise _pickled(pickled[0])
     raise ConsistoryError(f"{folder} has no safetensors file: download the whole checkpoint folder again")
+
+
+def _open_folder(folder: Path, variant: str | None) -> dict[str, Read]:
+    path = _weights_file(folder, variant)
+    return _open_sharded(path) if path.suffix == ".json" else _open(path)
 
 
 def _open_sharded(path: Path) -> dict[str, Read]:
