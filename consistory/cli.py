@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from consistory.weights.errors import ConsistoryError
 
-from .config import ConsistoryConfig, FreeU
-from .images import GRID, check_can_save
+from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
+from .images import GRID, Pixels, check_can_save, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
+    from .controlnet import Control, ControlNet
     from .model import ConsiStory, Story
 
 DESCRIPTION = """\
@@ -45,6 +46,9 @@ examples:
   consistory "a cat" --settings "on the beach" "in the snow" --out first --save-subject cat.safetensors
   consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
       more pictures of the same cat, later
+
+  consistory "a cat" --settings "on the beach" "in the snow" --control sprites left.png right.png
+      each picture's silhouette is given: white on black; --control depth.safetensors room.png gives all the same depth
 
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata."""
@@ -88,8 +92,10 @@ def draw(args: argparse.Namespace) -> Story:
     """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
     if args.save_subject is not None:
         check_can_save(args.save_subject.absolute().parent)
+    pictures = read_controls(args)
     with told_if_out_of_memory():
         pipe = load(args)
+        controls = make_controls(args, load_nets(args, pipe), pictures)
         with progress_bar(args.quiet) as on_step:
             story = pipe(
                 subject=args.subject,
@@ -103,6 +109,7 @@ def draw(args: argparse.Namespace) -> Story:
                 anchors=args.anchors,
                 width=args.width,
                 height=args.height,
+                controls=controls,
                 config=method(args),
                 on_step=on_step,
             )
@@ -115,11 +122,15 @@ def extend(args: argparse.Namespace) -> Story:
     """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
     from .subject import Subject
 
+    pictures = read_controls(args)
     with told_if_out_of_memory():
-        subject = Subject.load(args.subject, load(args))
+        pipe = load(args)
+        nets = load_nets(args, pipe)
+        controls = make_controls(args, nets, pictures)
+        subject = Subject.load(args.subject, pipe, nets)
         seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
         with progress_bar(args.quiet) as on_step:
-            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+            return subject.extend(args.settings, seed=seed, chunk=args.chunk, controls=controls, on_step=on_step)
 
 
 @contextmanager
@@ -144,11 +155,36 @@ def load(args: argparse.Namespace) -> ConsiStory:
     return ConsiStory.from_pretrained(args.model, device=device, dtype=dtype, variant=args.variant)
 
 
+def read_controls(args: argparse.Namespace) -> list[list[Pixels]]:
+    """The pictures of every --control. Where one is transparent, it says nothing: black."""
+    return [[read_picture(Path(path), background="black") for path in paths] for _, *paths in args.control]
+
+
+def load_nets(args: argparse.Namespace, pipe: ConsiStory) -> list[ControlNet]:
+    """The ControlNet of every --control; one that several name is loaded once."""
+    from .controlnet import ControlNet
+
+    loaded = {name: ControlNet.load(name, device=pipe.device, dtype=pipe.dtype) for name, *_ in args.control}
+    return [loaded[name] for name, *_ in args.control]
+
+
+def make_controls(
+    args: argparse.Namespace, nets: Sequence[ControlNet], pictures: Sequence[Sequence[Pixels]]
+) -> list[Control]:
+    """Every --control that has pictures, with its weight, start and end."""
+    from .controlnet import Control
+
+    numbers = (args.control_weight, args.control_start, args.control_end)
+    rows = zip(nets, pictures, *(values * len(nets) if len(values) == 1 else values for values in numbers), strict=True)
+    return [Control(net, images, weight, start, end) for net, images, weight, start, end in rows if images]
+
+
 def method(args: argparse.Namespace) -> ConsistoryConfig:
     """The preset, changed as other options say."""
     config = PRESETS[args.preset]()
-    if args.dropout is not None:
-        config = replace(config, dropout=args.dropout)
+    dropout = CONTROL_DROPOUT if args.control and args.dropout is None else args.dropout
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
     if args.freeu is not None:
         config = replace(config, freeu=FreeU() if args.freeu else None)
     return config
@@ -223,6 +259,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
     )
     add_model(parser)
+    add_control(parser, "PICTURE [PICTURE ...]: one for each of the story's pictures, or one for all of them")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -248,13 +285,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     consistency.add_argument(
         "--dropout", type=probability, metavar="P",
         help="probability that a patch of an anchor is hidden from the others at a step: more varies the layout, less "
-        "keeps the subject closer (default: 0.5)",
+        "keeps the subject closer (default: 0.5, or 0.7 with --control)",
     )
     consistency.add_argument(
         "--freeu", action=argparse.BooleanOptionalAction,
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_control(parser, args)
+    if not all(paths for _, *paths in args.control):
+        parser.error("argument --control: name a picture after the ControlNet")
+    return args
 
 
 def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
@@ -278,7 +319,13 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_output(parser)
     add_model(parser)
-    return parser.parse_args(argv)
+    add_control(
+        parser, "[PICTURE ...]: one for each new picture, or one for all of them. The subject's first pictures keep "
+        "what steered them; without pictures, this says where their ControlNet is, if it has been moved",
+    )
+    args = parser.parse_args(argv)
+    check_control(parser, args)
+    return args
 
 
 def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -301,6 +348,36 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda, float32 elsewhere"
     )
+
+
+def add_control(parser: argparse.ArgumentParser, pictures: str) -> None:
+    control = parser.add_argument_group("control by pictures, such as poses or depth maps")
+    control.add_argument(
+        "--control", metavar=("NET", "PICTURE"), nargs="+", action="append", default=[],
+        help="a ControlNet of SDXL (a .safetensors file, a folder in the diffusers layout, or sprites: silhouettes for "
+        f"the embedded model), then {pictures}; repeat it to steer by several at once",
+    )
+    several = "; one number, or one for each --control"
+    control.add_argument(
+        "--control-weight", metavar="W", type=float, nargs="+", default=[1.0],
+        help=f"how strongly to steer{several} (default: 1)",
+    )
+    control.add_argument(
+        "--control-start", metavar="F", type=probability, nargs="+", default=[0.0],
+        help=f"from which fraction of the steps on{several} (default: 0)",
+    )
+    control.add_argument(
+        "--control-end", metavar="F", type=probability, nargs="+", default=[1.0],
+        help=f"up to which fraction of the steps{several} (default: 1)",
+    )
+
+
+def check_control(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("weight", "start", "end"):
+        values = len(getattr(args, f"control_{name}"))
+        if values not in (1, len(args.control)):
+            given = f"{values} numbers are given for {len(args.control)} --control"
+            parser.error(f"argument --control-{name}: {given}: give one, or one for each")
 
 
 def probability(text: str) -> float:

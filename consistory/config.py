@@ -10,6 +10,8 @@ from consistory.weights.errors import ConsistoryError
 
 Json = Mapping[str, Any]
 
+CONTROL_DROPOUT = 0.7  # the paper's mask dropout where ControlNet steers
+
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
@@ -255,6 +257,11 @@ class ConsistoryConfig:
     def reference(cls) -> ConsistoryConfig:
         """What the authors' released implementation does, as recorded from its runs."""
         return cls(query_blend=QueryBlend(end=0.81836735), first_pass="full", mask_history=20)
+
+    @classmethod
+    def control(cls) -> ConsistoryConfig:
+        """For use with ControlNet (§5): more of the anchors is dropped."""
+        return cls(dropout=CONTROL_DROPOUT)
 
     @classmethod
     def vanilla(cls) -> ConsistoryConfig:

@@ -29,6 +29,7 @@ from .arguments import (
     usable_device,
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .controlnet import Control, check_controls
 from .correspondence import Nearest
 from .images import save_story
 from .story import OnStep, Plan, tell
@@ -189,6 +190,7 @@ class ConsiStory:
         width: int | None = None,
         height: int | None = None,
         latents: Tensor | None = None,
+        controls: Sequence[Control] = (),
         config: ConsistoryConfig | None = None,
         on_step: OnStep = lambda done, total: None,
     ) -> Story:
@@ -200,12 +202,13 @@ class ConsiStory:
             noise given outright.
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
-        config: the method's settings; by default `ConsistoryConfig()`.
+        controls: ControlNets with the pictures that they steer by.
+        config: the method's settings; by default `ConsistoryConfig()`, or `ConsistoryConfig.control()` with controls.
         on_step: called as on_step(done, total) after every denoising step.
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
-        config = config or ConsistoryConfig()
+        config = config or (ConsistoryConfig.control() if controls else ConsistoryConfig())
         prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
         check_prompts(prompts)
         prompts, images = list(prompts), len(prompts)
@@ -220,17 +223,22 @@ class ConsiStory:
         if latents is None:
             latents = initial_noise(seeds, (self.unet.config.channels, *size))
         check_latents(latents, (images, self.unet.config.channels, *size))
+        check_controls(controls, images, steps, self.unet, stride)
+        controls = [control.stretched((height, width)) for control in controls]
 
+        cond = self._conditioning(prompts, negative_prompt, height, width)
+        assert isinstance(cond.context, Tensor)
         plan = Plan(
-            unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
+            unet=self.unet, schedule=self.schedule, cond=replace(cond, context=self.unet.prompt_keys(cond.context)),
             token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
             seed=seeds[0], latent_size=size,
+            controls=tuple(control.steering(cond, steps) for control in controls),
         )
         told = tell(plan, latents.to(self.device, torch.float32), on_step)
         settings_used = {
             "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
             "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
-            "config": asdict(config),
+            "config": asdict(config), "controls": [control.settings() for control in controls],
         }
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
@@ -238,9 +246,11 @@ class ConsiStory:
             next_seed=max(seeds) + 1, config=config,
         )
         masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
+        of_anchors = [part for control in controls if (part := control.part(range(anchors))) is not None]
         return Story(
             images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+            latents=told.latents, masks=told.masks, nearest=told.nearest,
+            subject=Subject(self, recipe, masks, of_anchors),
         )
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -270,8 +280,7 @@ class ConsiStory:
             one_context, one_pooled = self.encode_prompts([negative_prompt or ""])
             negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        keys = self.unet.prompt_keys(torch.cat([negative[0], context]))
-        return Conditioning(keys, torch.cat([negative[1], pooled]), sizes)
+        return Conditioning(torch.cat([negative[0], context]), torch.cat([negative[1], pooled]), sizes)
 
     def _token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import ddim
 from .attention import AttentionControl
 from .config import ConsistoryConfig, ScheduleConfig
+from .controlnet import Steering, add_residuals
 from .correspondence import Nearest, nearest_patches, smooth
 from .injection import Injection, plan_injection
 from .masks import Size, average_maps, draw_dropout, subject_masks
@@ -32,6 +33,7 @@ class Plan:
 
     cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
+    controls: ControlNets, whose residuals go to the consistent and to the vanilla call alike.
     """
 
     unet: UNet
@@ -44,6 +46,7 @@ class Plan:
     anchors: int
     seed: int
     latent_size: Size
+    controls: tuple[Steering, ...] = ()
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -164,10 +167,13 @@ def guided_output(plan: Plan, state: State, injection: Injection | None) -> tupl
     x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
     sharing = plan_sharing(plan, state)
     control = Consistent(plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0])
-    encoded = plan.unet.encode(x, t, plan.cond, control)
+    residuals = [steering.residuals(x, t) for steering in plan.controls if state.step in steering.steps]
+    encoded = add_residuals(plan.unet.encode(x, t, plan.cond, control), residuals)
     if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
-        plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
+        plain = encoded
+        if injection is not None:
+            plain = add_residuals(plan.unet.encode(x, t, plan.cond, AttentionControl()), residuals)
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
     output = plan.unet.decode(encoded, control, plan.config.freeu)
     unconditional, conditional = output.float().chunk(2)

@@ -106,19 +106,18 @@ def test_a_steered_unet_equals_diffusers(case: Case, freeu: FreeU | None) -> Non
     net, control_oracle = build(case)
     unet, oracle = build_unet(case.unet)
     x, t, cond, pictures = inputs(case)
-    weight = 0.7
     given = expected(control_oracle, x, t, cond, pictures)
     if freeu is not None:
         oracle.enable_freeu(**vars(freeu))
     wanted = oracle(
         x, t, encoder_hidden_states=cond.context,
         added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.sizes},
-        down_block_additional_residuals=[weight * skip for skip in given.skips],
-        mid_block_additional_residual=weight * given.x,
+        down_block_additional_residuals=list(given.skips),
+        mid_block_additional_residual=given.x,
     ).sample  # fmt: skip
     plain = AttentionControl()
     encoded = unet.encode(x, t, cond, plain)
-    steered = add_residuals(encoded, net(x, t, cond, net.hint(pictures)), weight)
+    steered = add_residuals(encoded, [net(x, t, cond, net.hint(pictures))])
     eps = unet.decode(steered, plain, freeu)
     assert relative_error(eps, wanted) <= TOLERANCE
     assert relative_error(unet.decode(encoded, plain, freeu), wanted) > 0.01

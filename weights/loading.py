@@ -65,12 +65,12 @@ OTHER_FAMILIES = {
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
 
-# The same for files and folders that are no ControlNet of SDXL, or none of a kind that works alike. The first one counts.
+# The same for a file that is no ControlNet of SDXL, or none that works like the usual ones. The first match counts.
 NO_CONTROLNETS = {
     r"lora_controlnet$|.*\.(up|down)$": "a Control-LoRA, the difference to some UNet",
     r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
     r"lllite_": "a ControlNet-LLLite",
-    r"control_add_embedding\.|task_embedding$|transformer_layes\.|spatial_ch_projs\.": "a union ControlNet, several in one",
+    r"(control_add_embedding|transformer_layes|spatial_ch_projs)\.|task_embedding$": "a union ControlNet",
     r"(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.": "a whole checkpoint",
     r"(up_blocks|output_blocks|conv_out)\.": "a UNet",
     r"(adapter|body)\.": "a T2I-Adapter",
@@ -191,8 +191,11 @@ def folder_controlnet(folder: Path, variant: str | None = None) -> Component:
         raise ConsistoryError(f"{folder} holds a {kind}, no ControlNet of SDXL: {CONTROLNET_ADVICE}")
     if config.get("addition_embed_type") != "text_time":
         raise _older_controlnet(folder, config.get("cross_attention_dim"))
-    if config.get("global_pool_conditions") or config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ConsistoryError(f"{folder} pools its residuals or reads BGR pictures: give a usual ControlNet of SDXL")
+    if config.get("global_pool_conditions"):
+        raise ConsistoryError(f"{folder} pools its residuals over the picture: {CONTROLNET_ADVICE}")
+    order, channels = config.get("controlnet_conditioning_channel_order", "rgb"), config.get("conditioning_channels", 3)
+    if (order, channels) != ("rgb", 3):
+        raise ConsistoryError(f"{folder} reads other pictures than RGB: {CONTROLNET_ADVICE}")
     return config, TensorSource(f"the ControlNet {folder}", _open_folder(folder, variant), CONTROLNET_ADVICE)
 
 
@@ -238,7 +241,8 @@ def load_module(
     missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
     if missing or unknown:
         problems = [f"{kind}: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {tensors.advice}")
+        listed = "; ".join(problems)
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({listed}): {tensors.advice}")
     state = {
         name: _of_shape(parameter.shape, tensors, name).to(device=device, dtype=dtype).contiguous()
         for name, parameter in expected.items()

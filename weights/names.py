@@ -132,7 +132,7 @@ SDXL_CONTROLNET: Json = {
 
 
 def controlnet_table(config: Json) -> Iterator[Rename]:
-    """The UNet's first half; a zero convolution for every input block; the hint's convolutions, an activation between."""
+    """The UNet's first half, a zero convolution for every input block, and the hint's convolutions at even numbers."""
     levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
     yield from unet_table({**config, "up_block_types": []})
     for n in range(levels * (blocks + 1)):

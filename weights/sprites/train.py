@@ -415,7 +415,7 @@ class Controlled:
         residuals = self.net(x, t, cond, hint)
         with torch.no_grad():
             encoded = self.model.unet.encode(x, t, cond, attention)
-        return self.model.unet.decode(add_residuals(encoded, residuals), attention)
+        return self.model.unet.decode(add_residuals(encoded, [residuals]), attention)
 
 
 def pictures_of(silhouettes: Tensor) -> Tensor:
@@ -470,13 +470,12 @@ def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folde
         return denoising_loss(controlled, alpha_bars, x0, eps, t, ids, ids_2, known, weight=torch.reciprocal)
 
     def sheet(path: Path) -> None:
-        scenes = sample_scenes(16, generator_for(seed, 10), second_subject=0.0)
+        scenes = sample_scenes(8, generator_for(seed, 10), second_subject=0.0)
         _, silhouettes = render(scenes.to(device), IMAGE_SIZE)
         controlled = Controlled(model, run.average, silhouettes)
         ids = tokenize(captions(scenes, generator_for(seed, 10)), device)
         images = sample(model, vae, ids, generator_for(seed, 6), controlled=controlled)
-        rows = [part for pair in zip(pictures_of(silhouettes).split(8), images.split(8), strict=True) for part in pair]
-        save_grid(torch.cat(rows), path, columns=8)
+        save_grid(torch.cat([pictures_of(silhouettes), images]), path, columns=8)
 
     train(run, plan, loss_of, work / "control.safetensors", sheet)
     _write_json(SPRITES / "config.json", CONTROL_JSON)
