@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"consistory": "consistory", "kernels": "consistory.kernels", "weights": "consistory.weights"}
 PROGRAMS = {"consistory.weights.sprites.train", "consistory.weights.sprites.oracle"}  # not imported by the library
-CHAIN = ["config", "attention", "unet", "controlnet", "sdsa", "story", "model", "cli"]  # each may import those before it
+CHAIN = ["config", "attention", "unet", "controlnet", "sdsa", "story", "model", "cli"]  # each may import earlier ones
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "numpy", "einops", "triton"}
 EXTRAS = {"PIL", "tqdm"}
 

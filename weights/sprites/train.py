@@ -433,11 +433,21 @@ def load_exported(folder: Path, device: torch.device) -> tuple[VAE, Denoiser]:
     return vae.requires_grad_(False).to(device), model.requires_grad_(False).to(device)
 
 
-def copy_encoder(unet: UNet) -> ControlNet:
-    """A ControlNet that starts as the UNet's first half, and adds zeros."""
+def copy_encoder(unet: UNet, silhouettes: Tensor) -> ControlNet:
+    """A ControlNet that starts as the UNet's first half, and adds zeros.
+
+    Hints of silhouettes [B, H, W] start with zero mean and unit variance, not at zero, so that the zero convolutions
+    have something to go by: with zeros at both ends, nothing is learned for a long while.
+    """
     net = ControlNet(ControlNetConfig.from_json(CONTROL_JSON))
     copied = {name: value for name, value in unet.state_dict().items() if name in net.state_dict()}
     net.load_state_dict(copied, strict=False)
+    last = net.controlnet_cond_embedding.conv_out
+    last.reset_parameters()
+    with torch.no_grad():
+        std, mean = torch.std_mean(net.hint(pictures_of(silhouettes)), dim=(0, 2, 3))
+        last.weight /= std[:, None, None, None]
+        last.bias.sub_(mean).div_(std)
     return net
 
 
@@ -446,7 +456,8 @@ def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folde
     torch.manual_seed(seed)
     tokenize = Captions(work)
     vae, model = load_exported(folder, device)
-    run = start(copy_encoder(model.unet).to(device))
+    _, silhouettes = render(sample_scenes(64, generator_for(seed, 11)))
+    run = start(copy_encoder(model.unet, silhouettes).to(device))
     logger.info("%.2f M parameters", sum(p.numel() for p in run.model.parameters()) / 1e6)
     resume(run, work / "control.safetensors")
     alpha_bars = ddim.alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON)).to(device)
@@ -461,12 +472,12 @@ def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folde
         generator = generator_for(seed, 9, step, device=device)
         index = (place + torch.arange(plan.batch, device=device)) % (PASSES * POOL)
         x0 = scenes.latents[index % POOL]
-        t = torch.randint(len(alpha_bars), (plan.batch,), generator=generator, device=device)
+        # Layouts are settled early, at high noise: more of those timesteps, and the error of the predicted latents.
+        t = (len(alpha_bars) * torch.rand(plan.batch, generator=generator, device=device).sqrt()).long()
         eps = torch.randn(x0.shape, generator=generator, device=device)
         known = torch.rand(plan.batch, generator=generator, device=device) >= CAPTION_DROPOUT
         controlled = Controlled(model, run.model, silhouettes[index % POOL])
         ids, ids_2 = scenes.ids[index], scenes.ids_2[index]
-        # The error of the predicted latents: the layout, which a silhouette decides, is settled at high noise.
         return denoising_loss(controlled, alpha_bars, x0, eps, t, ids, ids_2, known, weight=torch.reciprocal)
 
     def sheet(path: Path) -> None:
