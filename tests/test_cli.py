@@ -328,7 +328,7 @@ def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPat
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
         "steps": 50, "guidance": 5.0, "negative_prompt": None, "anchors": None, "width": None, "height": None,
-        "config": ConsistoryConfig(),
+        "config": ConsistoryConfig(), "controls": [],
     }
     assert listener.saved == [Path("story")]
 
@@ -345,7 +345,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
         "anchors": 1, "width": 832, "height": 1216,
-        "config": config,
+        "config": config, "controls": [],
     }
     assert listener.saved == [Path("there")]
 

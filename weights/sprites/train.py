@@ -8,7 +8,7 @@
 
 Stage 1 is the autoencoder; `decoder` trains its second half only, also after stage 2. Stage 2 is the UNet together with
 both text encoders, which start from random weights too. `control` trains a ControlNet for silhouettes on an exported
-checkpoint, which stays as it is; it needs no other work folder, and writes its result into the package.
+checkpoint, which stays as it is, and writes it into the folder `control` next to that.
 A run that was stopped goes on exactly where its last checkpoint was. With a longer `--images` (or `--minutes`, for
 machines whose speed is not known) a finished run goes on as well; its learning rate jumps to where the longer cosine
 has it. While it runs, the work folder holds the checkpoint and a sheet of samples. On another machine, `restore` makes
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from consistory import ddim
 from consistory.attention import AttentionControl, Site
 from consistory.config import ControlNetConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from consistory.controlnet import SPRITES, ControlNet, add_residuals
+from consistory.controlnet import ControlNet, add_residuals
 from consistory.text import TextEncoder
 from consistory.tokenizer import Tokenizer
 from consistory.unet import Conditioning, UNet
@@ -443,6 +443,7 @@ def copy_encoder(unet: UNet, silhouettes: Tensor) -> ControlNet:
     copied = {name: value for name, value in unet.state_dict().items() if name in net.state_dict()}
     net.load_state_dict(copied, strict=False)
     last = net.controlnet_cond_embedding.conv_out
+    assert last.bias is not None
     last.reset_parameters()
     with torch.no_grad():
         std, mean = torch.std_mean(net.hint(pictures_of(silhouettes)), dim=(0, 2, 3))
@@ -452,7 +453,7 @@ def copy_encoder(unet: UNet, silhouettes: Tensor) -> ControlNet:
 
 
 def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folder: Path) -> None:
-    """The ControlNet for the checkpoint in `folder`."""
+    """The ControlNet for the checkpoint in `folder`; it is written into the folder `control` next to it."""
     torch.manual_seed(seed)
     tokenize = Captions(work)
     vae, model = load_exported(folder, device)
@@ -489,9 +490,10 @@ def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folde
         save_grid(torch.cat([pictures_of(silhouettes), images]), path, columns=8)
 
     train(run, plan, loss_of, work / "control.safetensors", sheet)
-    _write_json(SPRITES / "config.json", CONTROL_JSON)
+    out = folder.parent / "control"
+    _write_json(out / "config.json", CONTROL_JSON)
     half = {key: value.half().cpu().contiguous() for key, value in run.average.state_dict().items()}
-    save_file(half, SPRITES / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file(half, out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 # ---------------------------------------------------------------- results
