@@ -26,6 +26,7 @@ setup(
             "sprites/*.safetensors",
             "sprites/checkpoint/*.json",
             "sprites/checkpoint/*/*",
+            "sprites/control/*",
         ],
     },
     install_requires=[

@@ -7,9 +7,10 @@ from consistory.weights.errors import ConsistoryError
 from .config import ConsistoryConfig, FreeU, QueryBlend
 
 if TYPE_CHECKING:
+    from .controlnet import Control, ControlNet
     from .model import ConsiStory, Story
 
-__all__ = ["ConsiStory", "ConsistoryConfig", "ConsistoryError", "FreeU", "QueryBlend", "Story"]
+__all__ = ["ConsiStory", "ConsistoryConfig", "ConsistoryError", "Control", "ControlNet", "FreeU", "QueryBlend", "Story"]
 __version__ = "0.1.0"
 
 
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from . import model
 
         return getattr(model, name)
+    if name in ("Control", "ControlNet"):
+        from . import controlnet
+
+        return getattr(controlnet, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

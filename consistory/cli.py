@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from consistory.weights.errors import ConsistoryError
 
-from .config import ConsistoryConfig, FreeU
-from .images import GRID, Album, Record, check_can_save, every_picture
+from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
+from .images import GRID, Album, Pixels, Record, check_can_save, every_picture, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
+    from .controlnet import Control, ControlNet
     from .distributed import Ranks
     from .model import ConsiStory, Story
 
@@ -55,6 +56,9 @@ examples:
 
   consistory evaluate sets.yaml --clip path/to/clip-vit-large-patch14 --out evaluation
       many stories, measured
+
+  consistory "a cat" --settings "on the beach" "in the snow" --control sprites left.png right.png
+      each picture's silhouette is given: white on black; --control depth.safetensors room.png gives all the same depth
 
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata. Pictures are written as they are finished. If a run is cut short, the same
@@ -183,8 +187,10 @@ def draw(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and tell the story. Raises ConsistoryError, before any drawing, for arguments that do not fit."""
     if args.record and args.save_subject is None:
         raise ConsistoryError("--record needs a file to record to: name it with --save-subject")
+    pictures = read_controls(args)
     with told_if_out_of_memory():
         pipe = load(args, ranks)
+        controls = make_controls(args, load_nets(args, pipe), pictures)
         with progress_bar(args.quiet or ranks.rank > 0) as on_step:
             return pipe(
                 subject=args.subject,
@@ -199,6 +205,7 @@ def draw(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
                 anchors=args.anchors,
                 width=args.width,
                 height=args.height,
+                controls=controls,
                 chunk=args.chunk,
                 config=method(args),
                 record=args.save_subject if args.record and ranks.rank == 0 else None,
@@ -211,11 +218,17 @@ def extend(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
     from .subject import Subject
 
+    pictures = read_controls(args)
     with told_if_out_of_memory():
-        subject = Subject.load(args.subject, load(args, ranks))
+        pipe = load(args, ranks)
+        nets = load_nets(args, pipe)
+        controls = make_controls(args, nets, pictures)
+        subject = Subject.load(args.subject, pipe, nets)
         seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
         with progress_bar(args.quiet or ranks.rank > 0) as on_step:
-            return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step, **callbacks)
+            return subject.extend(
+                args.settings, seed=seed, controls=controls, chunk=args.chunk, on_step=on_step, **callbacks
+            )
 
 
 def evaluate(args: argparse.Namespace) -> str:
@@ -276,11 +289,36 @@ def device_of(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def read_controls(args: argparse.Namespace) -> list[list[Pixels]]:
+    """The pictures of every --control. Where one is transparent, it says nothing: black."""
+    return [[read_picture(Path(path), background="black") for path in paths] for _, *paths in args.control]
+
+
+def load_nets(args: argparse.Namespace, pipe: ConsiStory) -> list[ControlNet]:
+    """The ControlNet of every --control; one that several name is loaded once."""
+    from .controlnet import ControlNet
+
+    loaded = {name: ControlNet.load(name, device=pipe.device, dtype=pipe.dtype) for name, *_ in args.control}
+    return [loaded[name] for name, *_ in args.control]
+
+
+def make_controls(
+    args: argparse.Namespace, nets: Sequence[ControlNet], pictures: Sequence[Sequence[Pixels]]
+) -> list[Control]:
+    """Every --control that has pictures, with its weight, start and end."""
+    from .controlnet import Control
+
+    numbers = (args.control_weight, args.control_start, args.control_end)
+    rows = zip(nets, pictures, *(values * len(nets) if len(values) == 1 else values for values in numbers), strict=True)
+    return [Control(net, images, weight, start, end) for net, images, weight, start, end in rows if images]
+
+
 def method(args: argparse.Namespace) -> ConsistoryConfig:
     """The preset, changed as other options say."""
     config = PRESETS[args.preset]()
-    if args.dropout is not None:
-        config = replace(config, dropout=args.dropout)
+    dropout = CONTROL_DROPOUT if getattr(args, "control", None) and args.dropout is None else args.dropout
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
     if args.separate_subjects:
         config = replace(config, separate_subjects=True)
     if args.freeu is not None:
@@ -374,9 +412,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also write story.html, a page that shows how the pictures came about (default: off)",
     )
     add_model(parser)
+    add_control(parser, "PICTURE [PICTURE ...]: one for each of the story's pictures, or one for all of them")
     add_sampling(parser)
     add_method(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_control(parser, args)
+    if not all(paths for _, *paths in args.control):
+        parser.error("argument --control: name a picture after the ControlNet")
+    return args
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -415,7 +458,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     consistency.add_argument(
         "--dropout", type=probability, metavar="P",
         help="probability that a patch of an anchor is hidden from the others at a step: more varies the layout, less "
-        "keeps the subject closer (default: 0.5)",
+        "keeps the subject closer (default: 0.5, or 0.7 with --control)",
     )
     consistency.add_argument(
         "--separate-subjects", action="store_true",
@@ -448,7 +491,13 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_output(parser)
     add_model(parser)
-    return parser.parse_args(argv)
+    add_control(
+        parser, "[PICTURE ...]: one for each new picture, or one for all of them. The subject's first pictures keep "
+        "what steered them; without pictures, this says where their ControlNet is, if it has been moved",
+    )
+    args = parser.parse_args(argv)
+    check_control(parser, args)
+    return args
 
 
 def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
@@ -524,6 +573,36 @@ def file_and_weight(text: str) -> tuple[str, float]:
         return (file, float(weight)) if file else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def add_control(parser: argparse.ArgumentParser, pictures: str) -> None:
+    control = parser.add_argument_group("control by pictures, such as poses or depth maps")
+    control.add_argument(
+        "--control", metavar=("NET", "PICTURE"), nargs="+", action="append", default=[],
+        help="a ControlNet of SDXL (a .safetensors file, a folder in the diffusers layout, or sprites: silhouettes for "
+        f"the embedded model), then {pictures}; repeat it to steer by several at once",
+    )
+    several = "; one number, or one for each --control"
+    control.add_argument(
+        "--control-weight", metavar="W", type=float, nargs="+", default=[1.0],
+        help=f"how strongly to steer{several} (default: 1)",
+    )
+    control.add_argument(
+        "--control-start", metavar="F", type=probability, nargs="+", default=[0.0],
+        help=f"from which fraction of the steps on{several} (default: 0)",
+    )
+    control.add_argument(
+        "--control-end", metavar="F", type=probability, nargs="+", default=[1.0],
+        help=f"up to which fraction of the steps{several} (default: 1)",
+    )
+
+
+def check_control(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("weight", "start", "end"):
+        values = len(getattr(args, f"control_{name}"))
+        if values not in (1, len(args.control)):
+            given = f"{values} numbers are given for {len(args.control)} --control"
+            parser.error(f"argument --control-{name}: {given}: give one, or one for each")
 
 
 def probability(text: str) -> float:

@@ -10,6 +10,8 @@ from consistory.weights.errors import ConsistoryError
 
 Json = Mapping[str, Any]
 
+CONTROL_DROPOUT = 0.7  # the paper's mask dropout where ControlNet steers
+
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
@@ -32,6 +34,7 @@ class UNetConfig:
     norm_eps: float
     sample_size: int  # latent height and width the checkpoint was trained at
     linear_projection: bool  # 1x1 projections around a transformer as linear layers (SDXL) or convolutions
+    mid_attended: bool = True  # False: the middle is a single residual block, as in small ControlNets
 
     @classmethod
     def from_json(cls, d: Json) -> UNetConfig:
@@ -52,6 +55,30 @@ class UNetConfig:
             norm_eps=d.get("norm_eps", 1e-5),
             sample_size=d["sample_size"],
             linear_projection=d.get("use_linear_projection", False),
+            mid_attended=d.get("mid_block_type") != "UNetMidBlock2D",
+        )
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """A ControlNet: the encoder it copies, and the convolutions that bring a picture to the latents' size."""
+
+    encoder: UNetConfig
+    image_channels: int
+    hint_widths: tuple[int, ...]  # each after the first halves the picture
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent."""
+        return 2 ** (len(self.hint_widths) - 1)
+
+    @classmethod
+    def from_json(cls, d: Json) -> ControlNetConfig:
+        """From the `config.json` of diffusers' ControlNetModel, which does not say the size it was trained at."""
+        return cls(
+            encoder=UNetConfig.from_json({"sample_size": 0, **d}),
+            image_channels=d.get("conditioning_channels", 3),
+            hint_widths=tuple(d["conditioning_embedding_out_channels"]),
         )
 
 
@@ -265,6 +292,11 @@ class ConsistoryConfig:
     def reference(cls) -> ConsistoryConfig:
         """What the authors' released implementation does, as recorded from its runs."""
         return cls(query_blend=QueryBlend(end=0.81836735), first_pass="full", mask_history=20)
+
+    @classmethod
+    def control(cls) -> ConsistoryConfig:
+        """For use with ControlNet (§5): more of the anchors is dropped."""
+        return cls(dropout=CONTROL_DROPOUT)
 
     @classmethod
     def vanilla(cls) -> ConsistoryConfig:

@@ -36,6 +36,7 @@ from .arguments import (
     usable_device,
 )
 from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .controlnet import Control, check_controls
 from .correspondence import Nearest
 from .images import Choose, OnPicture, every_picture, save_story
 from .offload import on_device
@@ -250,6 +251,7 @@ class ConsiStory:
         width: int | None = None,
         height: int | None = None,
         latents: Tensor | None = None,
+        controls: Sequence[Control] = (),
         chunk: int | None = None,
         config: ConsistoryConfig | None = None,
         record: str | Path | None = None,
@@ -268,10 +270,11 @@ class ConsiStory:
             diffusers, of the prompts only, not of the negative prompt. By default 0.
         anchors: the first so many pictures share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
+        controls: ControlNets with the pictures that they steer by.
         chunk: draw at most so many pictures at a time beside the anchors, to save memory; the result does not depend
             on it but for rounding. Every chunk runs the anchors again, unless they are recorded: with 2 anchors, a
             story of 8 pictures takes the work of 18 for chunk=1, of 12 for chunk=3. By default all are drawn at once.
-        config: the method's settings; by default `ConsistoryConfig()`.
+        config: the method's settings; by default `ConsistoryConfig()`, or `ConsistoryConfig.control()` with controls.
         record: a file for all that later pictures need of the anchors, so that these need not be drawn again; see
             `Subject`.
         on_step: called as on_step(done, total) after every denoising step.
@@ -283,7 +286,7 @@ class ConsiStory:
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
-        config = config or ConsistoryConfig()
+        config = config or (ConsistoryConfig.control() if controls else ConsistoryConfig())
         prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
         check_prompts(prompts)
         prompts, images = list(prompts), len(prompts)
@@ -298,27 +301,32 @@ class ConsiStory:
         noise = initial_noise(seeds, shape) if latents is None else latents
         check_latents(noise, (images, *shape))
         check_chunk(chunk)
+        check_controls(controls, images, steps, self.unet, self.vae.config.stride, self.device)
+        controls = [control.stretched((height, width)) for control in controls]
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
             next_seed=max(seeds) + 1, config=config, clip_skip=clip_skip,
         )
-        kept = Subject(self, recipe, {}, None if latents is None else latents[:anchors].clone())
+        kept = Subject(
+            self, recipe, {}, None if latents is None else latents[:anchors].clone(),
+            controls=[part for control in controls if (part := control.part(range(anchors))) is not None],
+        )
         return kept.draw(
-            prompts, seeds, noise, given=latents, chunk=chunk, record=record, on_step=on_step, choose=choose,
-            on_picture=on_picture, observer=observer,
+            prompts, seeds, noise, given=latents, controls=controls, chunk=chunk, record=record, on_step=on_step,
+            choose=choose, on_picture=on_picture, observer=observer,
         )
 
     @torch.inference_mode()
     def draw(
         self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, settings: dict[str, Any], *,
-        places: Sequence[int], recorder: Recorder | None = None, on_step: OnStep, on_picture: OnPicture,
-        observer: Observer | None = None,
+        places: Sequence[int], controls: Sequence[Control] = (), recorder: Recorder | None = None, on_step: OnStep,
+        on_picture: OnPicture, observer: Observer | None = None,
     ) -> Story:
         """A batch of pictures of a subject: its anchors first, or, where they are recorded, other pictures alone.
 
         prompts, seeds, latents [N, 4, h, w]: of every picture to denoise.
-        places: which of these to decode; the story returned has no others.
+        places: which of these to decode; the story returned has no others.  controls: numbered like the pictures.
         """
         observer = observer or Observer()
         observer.stage("prompts")
@@ -327,6 +335,9 @@ class ConsiStory:
         context, pooled = self._contexts(prompts, recipe.negative_prompt, recipe.clip_skip)
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(context), 6)
         x = latents.to(self.device, torch.float32)
+        steering = tuple(
+            control.steering(Conditioning(context, pooled, sizes), recipe.steps) for control in controls
+        )
         with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
             plan = Plan(
                 unet=self.unet, schedule=self.schedule,
@@ -334,7 +345,7 @@ class ConsiStory:
                 token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
                 guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
                 latent_size=self.latent_shape(height, width)[1:], recorded=subject.recorded, recorder=recorder,
-                observer=observer,
+                controls=steering, observer=observer,
             )
             told = tell(plan, x, on_step)
             del plan  # its keys and values of the prompts take memory that decoding may need

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import ddim
 from .attention import AttentionControl
 from .config import ConsistoryConfig, ScheduleConfig
+from .controlnet import Steering, add_residuals
 from .correspondence import Nearest, nearest_in_regions, nearest_patches, smooth
 from .injection import Injection, plan_injection
 from .masks import Size, average_maps, concept_masks, draw_dropout, region_bits, subject_masks
@@ -49,6 +50,7 @@ class Plan:
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
     recorded: the A anchors if they were drawn before; then none of the N images is one.
     recorder: writes down what later images will need of the anchors.
+    controls: ControlNets, whose residuals go to the consistent and to the vanilla call alike.
     observer: told of everything that happens; changes nothing.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     latent_size: Size
     recorded: Recorded | None = None
     recorder: Recorder | None = None
+    controls: tuple[Steering, ...] = ()
     observer: Observer = field(default_factory=Observer)
 
     @cached_property
@@ -196,10 +199,13 @@ def guided_output(plan: Plan, state: State, injection: Injection | None, call: C
         plan.token_weights, plan.unet.strides[-1], sharing, injection, plan.unet.strides[0], recorded, recorder
     )
     observed = plan.observer.control(plan, state, control)
-    encoded = plan.unet.encode(x, t, plan.cond, observed)
+    residuals = [steering.residuals(x, t) for steering in plan.controls if state.step in steering.steps]
+    encoded = add_residuals(plan.unet.encode(x, t, plan.cond, observed), residuals)
     if sharing is not None and sharing.vanilla is not None and not state.vanilla.queries:
         # The vanilla call shares the encoder and the middle with this one, unless injection has changed them.
-        plain = encoded if injection is None else plan.unet.encode(x, t, plan.cond, AttentionControl())
+        plain = encoded
+        if injection is not None:
+            plain = add_residuals(plan.unet.encode(x, t, plan.cond, AttentionControl()), residuals)
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
     output = plan.unet.decode(encoded, observed, plan.config.freeu)
     unconditional, conditional = output.float().chunk(2)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .arguments import (
     initial_noise,
 )
 from .config import ConsistoryConfig
+from .controlnet import Control, ControlNet, check_controls
 from .images import Choose, OnPicture, describe, every_picture
 from .recording import Recorded, Recorder, most_tensors
 from .story import Observer, OnStep
@@ -72,6 +74,7 @@ class Subject:
     masks: {stride: bool [A, P]} where the subject is in the anchors.
     latents: [A, 4, h, w] their noise, if it was given outright and not by their seeds.
     recorded: what other pictures need of the anchors, if it was recorded; without it the anchors are run again.
+    controls: what steered the anchors.
     """
 
     pipe: ConsiStory
@@ -79,10 +82,12 @@ class Subject:
     masks: Mapping[int, Tensor]
     latents: Tensor | None = None
     recorded: Recorded | None = None
+    controls: Sequence[Control] = ()
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
-        seed: int | Sequence[int] | None = None, latents: Tensor | None = None, chunk: int | None = None,
+        seed: int | Sequence[int] | None = None, latents: Tensor | None = None, controls: Sequence[Control] = (),
+        chunk: int | None = None,
         on_step: OnStep = lambda done, total: None,
         choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
@@ -92,6 +97,7 @@ class Subject:
         seed: as for a story; by default the seeds go on after those used so far. `latents` [N, 4, h, w] are noise
             given outright.
         chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
+        controls: ControlNets for the new pictures. The anchors keep their own.
         on_step, choose, on_picture: as for a story. Only new pictures count.
 
         Raises ConsistoryError, before any work, if the arguments do not fit.
@@ -104,28 +110,35 @@ class Subject:
         noise = initial_noise(seeds, shape) if latents is None else latents
         check_latents(noise, (len(prompts), *shape))
         check_chunk(chunk)
+        check_controls(
+            controls, len(prompts), recipe.steps, self.pipe.unet, self.pipe.vae.config.stride, self.pipe.device
+        )
         subject = replace(self, recipe=replace(recipe, next_seed=max(recipe.next_seed, max(seeds) + 1)))
         anchors = len(recipe.prompts)
+        old, new = range(anchors), range(anchors, anchors + len(prompts))
+        stretched = [control.stretched((recipe.height, recipe.width)) for control in controls]
         return subject.draw(
             recipe.prompts + prompts, recipe.seeds + seeds, torch.cat([self._noise().to(noise), noise]), first=anchors,
-            given=latents, chunk=chunk, on_step=on_step, choose=choose, on_picture=on_picture,
+            given=latents, controls=[*(c.at(old) for c in self.controls), *(c.at(new) for c in stretched)],
+            chunk=chunk, on_step=on_step, choose=choose, on_picture=on_picture,
         )
 
     def draw(
         self, prompts: list[str], seeds: list[int], noise: Tensor, *, first: int = 0, given: Tensor | None,
-        chunk: int | None, record: str | Path | None = None, on_step: OnStep, choose: Choose, on_picture: OnPicture,
-        observer: Observer | None = None,
+        controls: Sequence[Control], chunk: int | None, record: str | Path | None = None, on_step: OnStep,
+        choose: Choose, on_picture: OnPicture, observer: Observer | None = None,
     ) -> Story:
         """What a story and its extension share. prompts, seeds, noise [N, 4, h, w]: of anchors, then of all others.
 
         first: the pictures from this one on are the story's; `choose` and `on_picture` know no others.
-        given: noise that was given outright.  record: a file for what others need of the anchors.
+        given: noise that was given outright.  controls: numbered like the pictures, anchors included.
+        record: a file for what others need of the anchors.
         """
         pipe, config, anchors = self.pipe, self.recipe.config, len(self.recipe.prompts)
         # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
         pipe.token_weights(prompts, self.recipe.concepts)
         pipe.tokenizers[0].encode(prompts[first:])
-        settings = self._settings(given)
+        settings = self._settings(given, controls)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
         batches = split(chosen, anchors, chunk)
@@ -137,6 +150,7 @@ class Subject:
             return pipe.draw(
                 subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
                 places=[run.index(i) for i in batch], recorder=recorder,
+                controls=[part for control in controls if (part := control.part(run)) is not None],
                 on_step=lambda done, total: on_step(number * total + done, len(batches) * total),
                 on_picture=lambda place, image: on_picture(batch[place] - first, image), observer=observer,
             )  # fmt: skip
@@ -152,7 +166,7 @@ class Subject:
             parts.append(part)
         return parts[0].join(parts[1:])
 
-    def _settings(self, given: Tensor | None) -> dict[str, Any]:
+    def _settings(self, given: Tensor | None, controls: Sequence[Control]) -> dict[str, Any]:
         """How the subject's pictures are made, as JSON would hold it."""
         pipe, recipe = self.pipe, self.recipe
         outright = [noise for noise in (self.latents, given) if noise is not None]
@@ -164,6 +178,7 @@ class Subject:
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
             "fingerprint": pipe.fingerprint, "latents": digest if outright else None,
             "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
+            "controls": [control.settings() for control in controls],
         }
 
     def _noise(self) -> Tensor:
@@ -192,8 +207,8 @@ class Subject:
         """
         again, recipe = replace(self, recorded=None), self.recipe
         story = again.draw(
-            recipe.prompts, recipe.seeds, self._noise(), given=None, chunk=None, record=path, on_step=on_step,
-            choose=every_picture, on_picture=lambda index, image: None,
+            recipe.prompts, recipe.seeds, self._noise(), given=None, controls=self.controls, chunk=None, record=path,
+            on_step=on_step, choose=every_picture, on_picture=lambda index, image: None,
         )
         return story.subject
 
@@ -210,19 +225,28 @@ class Subject:
 
     @contextmanager
     def _file(self, path: str | Path, grade: str, tensors: int) -> Iterator[TensorFile]:
+        controls = [
+            {"net": c.net.name, "fingerprint": fingerprint(c.net), "weight": c.weight, "start": c.start, "end": c.end,
+             "only": None if c.only is None else list(c.only)}
+            for c in self.controls
+        ]  # fmt: skip
         metadata = {
             "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)), "model": identity(self.pipe),
+            "controls": json.dumps(controls),
         }
-        with TensorFile(path, metadata, tensors + 1) as file:
+        with TensorFile(path, metadata, tensors + 1 + len(controls)) as file:
             if self.latents is not None:
                 file.write("latents", self.latents.float())
+            for number, control in enumerate(self.controls):
+                file.write(f"controls.{number}", torch.from_numpy(np.stack(control.images)))
             yield file
 
     @classmethod
-    def load(cls, path: str | Path, pipe: ConsiStory) -> Subject:
+    def load(cls, path: str | Path, pipe: ConsiStory, nets: Sequence[ControlNet] = ()) -> Subject:
         """Read what `save` or `record` wrote: the whole file once, to see whether it is damaged.
 
-        Raises ConsistoryError for another kind of file, a damaged one, or one that another model made.
+        nets: loaded ControlNets, in case the anchors were steered; others are loaded from where they once were.
+        Raises ConsistoryError for another kind of file, a damaged one, or one that another model or ControlNet made.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -239,14 +263,35 @@ class Subject:
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")
         with safe_open(path, "pt") as file:
-            kept = [key for key in file.keys() if key == "latents" or key.startswith("masks.")]  # noqa: SIM118
+            kept = [key for key in file.keys() if key.startswith(("latents", "controls.", "masks."))]  # noqa: SIM118
             tensors = {key: file.get_tensor(key) for key in kept}
-        latents = tensors.pop("latents", None)
-        masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items()}
+        latents = tensors.get("latents")
+        masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items() if key.startswith("masks.")}
         recipe = json.loads(metadata["recipe"])
         recipe = Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])})
-        recorded = Recorded(path, pipe.unet) if metadata["grade"] == "recording" else None
-        return cls(pipe, recipe, masks, latents, recorded)
+        if metadata["grade"] == "recording":
+            return cls(pipe, recipe, masks, latents, Recorded(path, pipe.unet))
+        loaded = {fingerprint(net): net for net in nets}
+        controls = []
+        for number, control in enumerate(json.loads(metadata["controls"])):
+            net = find_net(path, control.pop("net"), control.pop("fingerprint"), loaded, pipe)
+            controls.append(Control(net=net, images=list(tensors[f"controls.{number}"].numpy()), **control))
+        return cls(pipe, recipe, masks, latents, None, controls)
+
+
+def find_net(
+    path: str | Path, name: str, wanted: str, loaded: dict[str, ControlNet], pipe: ConsiStory
+) -> ControlNet:
+    """The ControlNet that steered the anchors of a subject file. Raises ConsistoryError if it is not to be found."""
+    if wanted not in loaded:
+        try:
+            net = ControlNet.load(name, device=pipe.device, dtype=pipe.dtype)
+        except ConsistoryError as error:
+            raise ConsistoryError(f"{path} was drawn with the ControlNet {name}, which is needed: {error}") from None
+        loaded[fingerprint(net)] = net
+    if wanted not in loaded:
+        raise ConsistoryError(f"{path} was drawn with another ControlNet {name} than is there now: give the one it was")
+    return loaded[wanted]
 
 
 def split(chosen: list[int], anchors: int, chunk: int | None) -> list[list[int]]:

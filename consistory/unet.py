@@ -90,14 +90,16 @@ class UpStage(Stage):
 
 
 class Middle(nn.Module):
-    def __init__(self, resnets: list[ResBlock], attention: Transformer):
+    """Two residual blocks with a transformer between them; only one block where there is no attention."""
+
+    def __init__(self, resnets: list[ResBlock], attentions: list[Transformer]):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([attention])
+        self.attentions = nn.ModuleList(attentions)
 
 
-class UNet(nn.Module):
-    """Predicts the noise eps in latents x at timestep t."""
+class Encoder(nn.Module):
+    """The first half of a UNet: encoder and middle block. A ControlNet is one, too."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -111,23 +113,71 @@ class UNet(nn.Module):
         last = levels[-1]
         sites = count()
         self.down_blocks = nn.ModuleList()
-        skip_widths = [c.widths[0]]
+        self.skip_widths = [c.widths[0]]
         for level in levels:
             width = c.widths[level]
-            resnets = [self._resnet(skip_widths[-1] if i == 0 else width, width) for i in range(c.blocks)]
+            resnets = [self._resnet(self.skip_widths[-1] if i == 0 else width, width) for i in range(c.blocks)]
             attentions = [self._transformer("encoder", level, sites) for _ in resnets if c.attended[level]]
             downsample = Downsample(width, symmetric=True) if level < last else None
             self.down_blocks.append(DownStage(resnets, attentions, downsample))
-            skip_widths += [width] * (c.blocks + (level < last))
+            self.skip_widths += [width] * (c.blocks + (level < last))
 
         width = c.widths[-1]
-        middle = [self._resnet(width, width) for _ in range(2)]
-        self.mid_block = Middle(middle, self._transformer("mid", last, count()))
+        middle = [self._resnet(width, width) for _ in range(1 + c.mid_attended)]
+        self.mid_block = Middle(middle, [self._transformer("mid", last, count())] if c.mid_attended else [])
 
+    def _resnet(self, c_in: int, c_out: int) -> ResBlock:
+        return ResBlock(c_in, c_out, self.config.groups, self.config.norm_eps, self.emb_width)
+
+    def _transformer(self, part: str, level: int, running: Iterator[int]) -> Transformer:
+        c = self.config
+        sites = [Site(part, next(running), stride=2**level) for _ in range(c.depths[level])]
+        return Transformer(c.widths[level], c.context_width, c.heads[level], c.groups, c.linear_projection, sites)
+
+    def prompt_keys(self, context: Tensor) -> Prompt:
+        """Keys and values of every cross-attention layer for a context [B, 77, Cx]: the same at every timestep."""
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return {block.site: block.attn2.keys_values(context) for block in blocks}
+
+    def encode(self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl) -> Encoded:
+        """Encoder and middle block. x [B, 4, h, w], t a timestep or [B] of them."""
+        return self._encode(self.conv_in(x), self._embed(x, t, cond), cond.context, control)
+
+    def _encode(self, x: Tensor, emb: Tensor, context: Prompt, control: AttentionControl) -> Encoded:
+        skips = [x]
+        for stage in self.down_blocks:
+            assert isinstance(stage, DownStage)
+            for i in range(len(stage.resnets)):
+                x = stage.apply_block(i, x, emb, context, control)
+                skips.append(x)
+            if stage.downsamplers is not None:
+                x = stage.downsamplers[0](x)
+                skips.append(x)
+        x = self.mid_block.resnets[0](x, emb)
+        for attention, resnet in zip(self.mid_block.attentions, self.mid_block.resnets[1:], strict=True):
+            x = resnet(attention(x, context, control), emb)
+        return Encoded(x, tuple(skips), emb, context)
+
+    def _embed(self, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
+        """Timestep, pooled text and sizes, [B, emb_width]."""
+        # Filled on the device: copying one number there would make the host wait.
+        t = t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+        time = sinusoids(t, self.config.widths[0]).to(x.dtype)
+        sizes = sinusoids(cond.sizes, self.config.size_features).flatten(1).to(x.dtype)
+        return self.time_embedding(time) + self.add_embedding(torch.cat([cond.pooled, sizes], dim=-1))
+
+
+class UNet(Encoder):
+    """Predicts the noise eps in latents x at timestep t."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        c = config
         sites = count()
         self.up_blocks = nn.ModuleList()
-        x_width = width
-        for level in reversed(levels):
+        skip_widths = list(self.skip_widths)
+        x_width = c.widths[-1]
+        for level in reversed(range(len(c.widths))):
             resnets = []
             for _ in range(c.blocks + 1):
                 resnets.append(self._resnet(x_width + skip_widths.pop(), c.widths[level]))
@@ -138,14 +188,6 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.groups, c.widths[0], eps=c.norm_eps)
         self.conv_out = nn.Conv2d(c.widths[0], c.channels, 3, padding=1)
 
-    def _resnet(self, c_in: int, c_out: int) -> ResBlock:
-        return ResBlock(c_in, c_out, self.config.groups, self.config.norm_eps, self.emb_width)
-
-    def _transformer(self, part: str, level: int, running: Iterator[int]) -> Transformer:
-        c = self.config
-        sites = [Site(part, next(running), stride=2**level) for _ in range(c.depths[level])]
-        return Transformer(c.widths[level], c.context_width, c.heads[level], c.groups, c.linear_projection, sites)
-
     @property
     def strides(self) -> tuple[int, ...]:
         """Latent strides of the attended resolutions, finest first."""
@@ -155,29 +197,6 @@ class UNet(nn.Module):
     def attended_blocks(self) -> int:
         """How many decoder blocks it takes to pass every decoder attention."""
         return len(self.up_blocks) - self.config.attended.index(True)
-
-    def prompt_keys(self, context: Tensor) -> Prompt:
-        """Keys and values of every cross-attention layer for a context [B, 77, Cx]: the same at every timestep."""
-        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        return {block.site: block.attn2.keys_values(context) for block in blocks}
-
-    def encode(self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl) -> Encoded:
-        """Encoder and middle block. x [B, 4, h, w], t a timestep or [B] of them."""
-        emb = self._embed(x, t, cond)
-        x = self.conv_in(x)
-        skips = [x]
-        for stage in self.down_blocks:
-            assert isinstance(stage, DownStage)
-            for i in range(len(stage.resnets)):
-                x = stage.apply_block(i, x, emb, cond.context, control)
-                skips.append(x)
-            if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
-                skips.append(x)
-        x = self.mid_block.resnets[0](x, emb)
-        x = self.mid_block.attentions[0](x, cond.context, control)
-        x = self.mid_block.resnets[1](x, emb)
-        return Encoded(x, tuple(skips), emb, cond.context)
 
     def decode(self, state: Encoded, control: AttentionControl, freeu: FreeU | None = None) -> Tensor:
         """The predicted noise [B, 4, h, w]."""
@@ -208,11 +227,3 @@ class UNet(nn.Module):
         """One whole call: x [B, 4, h, w] at timestep t -> eps [B, 4, h, w]."""
         control = control or AttentionControl()
         return self.decode(self.encode(x, t, cond, control), control, freeu)
-
-    def _embed(self, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
-        """Timestep, pooled text and sizes, [B, emb_width]."""
-        # Filled on the device: copying one number there would make the host wait.
-        t = t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-        time = sinusoids(t, self.config.widths[0]).to(x.dtype)
-        sizes = sinusoids(cond.sizes, self.config.size_features).flatten(1).to(x.dtype)
-        return self.time_embedding(time) + self.add_embedding(torch.cat([cond.pooled, sizes], dim=-1))

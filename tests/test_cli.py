@@ -369,7 +369,7 @@ def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPat
     assert listener.called == {
         "subject": "a cat", "settings": ["on the beach", "in the snow"], "style": "", "concepts": None, "seed": 0,
         "steps": 50, "guidance": 5.0, "negative_prompt": None, "clip_skip": 0, "anchors": None, "width": None,
-        "height": None, "chunk": None, "config": ConsistoryConfig(), "record": None,
+        "height": None, "controls": [], "chunk": None, "config": ConsistoryConfig(), "record": None,
     }
     assert listener.saved == [Path("story")]
 
@@ -389,7 +389,7 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     assert listener.called == {
         "subject": "a cat and a dog", "settings": ["on the beach", "in the snow"], "style": "watercolor",
         "concepts": ["cat", "dog"], "seed": [4, 5], "steps": 30, "guidance": 7.5, "negative_prompt": "blur",
-        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216, "chunk": 3, "config": config,
+        "clip_skip": 1, "anchors": 1, "width": 832, "height": 1216, "controls": [], "chunk": 3, "config": config,
         "record": Path("cat.safetensors"),
     }
     assert listener.saved == [Path("there")]

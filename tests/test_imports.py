@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"consistory": "consistory", "kernels": "consistory.kernels", "weights": "consistory.weights"}
 PROGRAMS = {"consistory.weights.sprites.train", "consistory.weights.sprites.oracle"}  # not imported by the library
 # Each of these may import those before it.
-CHAIN = ["config", "attention", "unet", "recording", "sdsa", "story", "model", "distributed", "cli"]
+CHAIN = ["config", "attention", "unet", "recording", "controlnet", "sdsa", "story", "model", "distributed", "cli"]
 DEPENDENCIES = {"torch", "safetensors", "tokenizers", "numpy", "einops", "triton"}
 OF_TOKENIZERS = {"huggingface_hub"}  # a requirement of tokenizers
 EXTRAS = {"PIL", "tqdm", "yaml"}

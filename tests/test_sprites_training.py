@@ -22,17 +22,22 @@ from consistory.weights.sprites.train import (
     load_vae,
     restore,
     sample,
+    train_control,
     train_vae,
 )
+from diffusers import ControlNetModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from consistory.attention import AttentionControl, Site
 from consistory.config import ScheduleConfig
+from consistory.controlnet import ControlNet
 from consistory.ddim import add_noise, alpha_bars
 from consistory.unet import Conditioning
 
 CPU = torch.device("cpu")
+CHECKPOINT = Path(training.__file__).parent / "checkpoint"
 
 
 def plan(images: int, batch: int = 4, rate: float = 1e-2) -> Plan:
@@ -293,3 +298,54 @@ class TestResults:
             subject="a cat", settings=["in space", "in the snow"], concepts=["cat"], seed=1, steps=4
         )
         assert story.images.shape == (2, 64, 64, 3)
+
+
+class TestControl:
+    @pytest.fixture
+    def model(self) -> Denoiser:
+        return training.load_exported(CHECKPOINT, CPU)[1]
+
+    @pytest.fixture
+    def silhouettes(self) -> Tensor:
+        return training.render(training.sample_scenes(8, generator_for(0)))[1]
+
+    def test_it_starts_as_the_encoder_and_changes_nothing(self, model: Denoiser, silhouettes: Tensor) -> None:
+        net = training.copy_encoder(model.unet, silhouettes)
+        assert torch.equal(net.mid_block.resnets[0].conv1.weight, model.unet.mid_block.resnets[0].conv1.weight)
+        hint = net.hint(training.pictures_of(silhouettes))
+        assert hint.mean().abs() < 1e-5 and hint.std().item() == pytest.approx(1, abs=1e-3)
+        x, t = torch.randn(8, 4, 32, 32), torch.full((8,), 500)
+        cond = model.condition(*(torch.zeros(8, 77, dtype=torch.int64) for _ in range(2)))
+        with torch.no_grad():
+            steered = training.Controlled(model, net, silhouettes).predict(x, t, cond)
+            assert torch.equal(steered, model.unet(x, t, cond))
+
+    def test_only_the_controlnet_learns(self, model: Denoiser, silhouettes: Tensor) -> None:
+        net = training.copy_encoder(model.unet, silhouettes)
+        controlled = training.Controlled(model, net, silhouettes[:2])
+        ids = torch.zeros(2, 77, dtype=torch.int64)
+        known = torch.tensor([True, False])
+        predicted = controlled(torch.randn(2, 4, 32, 32), torch.tensor([900, 400]), ids, ids, known)
+        predicted.square().mean().backward()
+        assert net.controlnet_mid_block.weight.grad.any()
+        assert all(convolution.weight.grad.any() for convolution in net.controlnet_down_blocks)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_trained_one_is_written_next_to_the_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In diffusers' layout, and a run that has ended goes on with a longer plan."""
+        monkeypatch.setattr(training, "POOL", 4)
+        (tmp_path / "checkpoint").symlink_to(CHECKPOINT)
+        sheet = []
+        monkeypatch.setattr(training, "save_grid", lambda images, path, columns: sheet.append(images))
+        monkeypatch.setattr(training, "sample", lambda *_, **__: torch.zeros(8, 3, 64, 64))
+        for images in (2, 4):
+            train_control(tmp_path, plan(images, batch=2), 0, CPU, tmp_path / "checkpoint")
+        with safe_open(tmp_path / "control.safetensors", "pt") as file:
+            assert file.metadata()["step"] == "2"
+        net = ControlNet.from_pretrained(tmp_path / "control")
+        assert net.controlnet_mid_block.weight.any() and sheet[0].shape == (16, 3, 64, 64)
+        assert ControlNetModel.from_pretrained(tmp_path / "control").num_parameters() == sum(
+            parameter.numel() for parameter in net.parameters()
+        )

@@ -8,6 +8,8 @@
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
+    folder_controlnet(folder, variant) -> Component             a ControlNet in the diffusers layout
+    single_file_controlnet(path, config) -> Component           a ControlNet from one file
     load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
 A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they
@@ -69,6 +71,20 @@ OTHER_FAMILIES = {
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
 
+# The same for a file that is no ControlNet of SDXL, or none that works like the usual ones. The first match counts.
+NO_CONTROLNETS = {
+    r"lora_controlnet$|.*\.(up|down)$": "a Control-LoRA, the difference to some UNet",
+    r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
+    r"lllite_": "a ControlNet-LLLite",
+    r"(control_add_embedding|transformer_layes|spatial_ch_projs)\.|task_embedding$": "a union ControlNet",
+    r"(model\.diffusion_model|first_stage_model|conditioner|cond_stage_model)\.": "a whole checkpoint",
+    r"(up_blocks|output_blocks|conv_out)\.": "a UNet",
+    r"(adapter|body)\.": "a T2I-Adapter",
+    r"(image_proj|ip_adapter)\.": "an IP-Adapter",
+    r"(controlnet_blocks|transformer_blocks|double_blocks|controlnet_x_embedder)\.": "a ControlNet of another family",
+}
+CONTROLNET_ADVICE = "give a ControlNet of SDXL for a single kind of picture"
+
 
 # How the parameters of CLIP's two encoders begin, and the sizes of ViT-B/32, which its configs need not repeat.
 CLIP_PARTS: dict[str, tuple[tuple[str, ...], Json]] = {
@@ -96,6 +112,7 @@ class TensorSource:
 
     label: str  # for messages
     tensors: Mapping[str, Read]
+    advice: str = ADVICE  # where they do not fit
 
 
 Component = tuple[Json, TensorSource]
@@ -142,8 +159,7 @@ def folder_component(folder: Path, name: str, variant: str | None = None) -> Com
 
 def _component(folder: Path, name: str, variant: str | None, label: str) -> Component:
     config = read_json(folder / "config.json")
-    path = folder / choose_weights([path.name for path in folder.iterdir()], variant, folder)
-    stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
+    path, stored = _open_folder(folder, variant)
     by_original = names.index(names.FOLDER[name])
     return config, TensorSource(f"{label} ({path.name})", _by_parameter(stored, by_original))
 
@@ -196,8 +212,7 @@ def clip_components(folder: Path) -> dict[str, Component]:
             f"{folder} holds no CLIP model ({config.get('model_type', 'of unknown type')}): "
             "give one in transformers' layout, such as openai/clip-vit-large-patch14"
         )
-    path = folder / choose_weights([path.name for path in folder.iterdir()], None, folder)
-    stored = _open_sharded(path) if path.suffix == ".json" else _open(path)
+    _, stored = _open_folder(folder, None)
     projection = {"projection_dim": config.get("projection_dim", 512)}
     components = {}
     for name, (prefixes, defaults) in CLIP_PARTS.items():
@@ -250,6 +265,61 @@ def single_file_schedule(path: Path, schedule: Json) -> Json:
     return {**schedule, "prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in flags}
 
 
+def folder_controlnet(folder: Path, variant: str | None = None) -> Component:
+    """A ControlNet in the diffusers layout: `config.json` and weights. variant: as for a checkpoint's component.
+
+    Raises ConsistoryError if a file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    """
+    if folder.is_file():
+        raise ConsistoryError(f"{folder} is a file, not a folder: load it as a single-file ControlNet")
+    if not folder.is_dir():
+        raise ConsistoryError(f"there is no folder {folder}: give that of a ControlNet in the diffusers layout")
+    if (folder / "model_index.json").exists():
+        raise ConsistoryError(f"{folder} is a whole checkpoint: {CONTROLNET_ADVICE}")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name", "ControlNetModel")
+    if "Union" in kind or "num_control_type" in config:
+        raise ConsistoryError(f"{folder} is a union ControlNet, several in one: {CONTROLNET_ADVICE}")
+    if kind != "ControlNetModel":
+        raise ConsistoryError(f"{folder} holds a {kind}, no ControlNet of SDXL: {CONTROLNET_ADVICE}")
+    if config.get("addition_embed_type") != "text_time":
+        raise _older_controlnet(folder, config.get("cross_attention_dim"))
+    if config.get("global_pool_conditions"):
+        raise ConsistoryError(f"{folder} pools its residuals over the picture: {CONTROLNET_ADVICE}")
+    order, channels = config.get("controlnet_conditioning_channel_order", "rgb"), config.get("conditioning_channels", 3)
+    if (order, channels) != ("rgb", 3):
+        raise ConsistoryError(f"{folder} reads other pictures than RGB: {CONTROLNET_ADVICE}")
+    return config, TensorSource(f"the ControlNet {folder}", _open_folder(folder, variant)[1], CONTROLNET_ADVICE)
+
+
+def single_file_controlnet(path: Path, config: Json | None = None) -> Component:
+    """A ControlNet from one file, whose keys are diffusers' or, below `control_model.` or bare, the original ones.
+
+    config: its `config.json` content; None means SDXL's, with attention only where the file has it.
+    Raises ConsistoryError if the file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    """
+    stored = {key.removeprefix("control_model."): read for key, read in _open(path).items()}
+    for pattern, kind in NO_CONTROLNETS.items():
+        key = next((key for key in stored if re.match(pattern, key)), None)
+        if key is not None:
+            raise ConsistoryError(f"{path} is {kind} (it holds {key}): {CONTROLNET_ADVICE}")
+    everywhere = config or sdxl_configs()["unet"] | names.SDXL_CONTROLNET
+    tensors = _by_parameter(stored, names.index(names.controlnet_table(everywhere)))
+    if "controlnet_cond_embedding.conv_in.weight" not in tensors:
+        raise ConsistoryError(f"{path} holds no ControlNet (its keys: {listed(stored)}): {CONTROLNET_ADVICE}")
+    if "add_embedding.linear_1.weight" not in tensors:
+        width = next((read().shape[-1] for key, read in tensors.items() if key.endswith("attn2.to_k.weight")), None)
+        raise _older_controlnet(path, width)
+    config = config or names.attended_as_stored(everywhere, tensors)
+    return config, TensorSource(f"the ControlNet {path}", tensors, CONTROLNET_ADVICE)
+
+
+def _older_controlnet(path: Path, width: int | None) -> ConsistoryError:
+    return ConsistoryError(
+        f"{path} is a ControlNet of Stable Diffusion 1 or 2 (context width {width}, no size ids): {CONTROLNET_ADVICE}"
+    )
+
+
 def load_module(
     build: Callable[[], Module], tensors: TensorSource, *, dtype: torch.dtype, device: torch.device | str
 ) -> Module:
@@ -264,7 +334,8 @@ def load_module(
     missing, unknown = expected.keys() - tensors.tensors.keys(), tensors.tensors.keys() - expected.keys()
     if missing or unknown:
         problems = [f"{kind}: {listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({'; '.join(problems)}): {ADVICE}")
+        found = "; ".join(problems)
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({found}): {tensors.advice}")
     state = {
         name: _converted(_of_shape(parameter.shape, tensors, name), dtype, tensors, name).to(device).contiguous()
         for name, parameter in expected.items()
@@ -277,7 +348,7 @@ def _of_shape(shape: torch.Size, tensors: TensorSource, name: str) -> Tensor:
     tensor = tensors.tensors[name]()
     if tensor.shape != shape:
         shapes = f"{name} is {list(tensor.shape)}, not {list(shape)}"
-        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {ADVICE}")
+        raise ConsistoryError(f"{tensors.label} does not fit its configuration ({shapes}): {tensors.advice}")
     return tensor
 
 
@@ -333,6 +404,12 @@ def variant_of(file: str) -> str | None:
     """The middle of a weights file's name: "fp16" of `model.fp16-00001-of-00002.safetensors`."""
     middle = SHARD.sub("", file).split(".")[1:]
     return next((part for part in middle if part not in ("safetensors", "index", "json")), None)
+
+
+def _open_folder(folder: Path, variant: str | None) -> tuple[Path, dict[str, Read]]:
+    """The weights file or shard index of a folder, and its tensors."""
+    path = folder / choose_weights([path.name for path in folder.iterdir()], variant, folder)
+    return path, _open_sharded(path) if path.suffix == ".json" else _open(path)
 
 
 def _open_sharded(path: Path) -> dict[str, Read]:

@@ -4,7 +4,7 @@ A table is a list of `Rename`s, one for each module that the layouts name differ
 `config.json`. It can be read in both directions; loading needs original -> modules.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,47 @@ def unet_table(config: Json) -> Iterator[Rename]:
             n += 1
         if level < levels - 1:
             yield Rename(f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{n - 1}.{2 if attends else 1}.conv")
+
+
+# A ControlNet's `config.json` where it differs from the UNet's.
+SDXL_CONTROLNET: Json = {
+    "_class_name": "ControlNetModel",
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": [16, 32, 96, 256],
+}
+
+
+def controlnet_table(config: Json) -> Iterator[Rename]:
+    """The UNet's first half, a zero convolution for every input block, and the hint's convolutions at even numbers."""
+    levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
+    yield from unet_table({**config, "up_block_types": []})
+    for n in range(levels * (blocks + 1)):
+        yield Rename(f"controlnet_down_blocks.{n}", f"zero_convs.{n}.0")
+    yield Rename("controlnet_mid_block", "middle_block_out.0")
+    hint, inner = "controlnet_cond_embedding", 2 * len(config["conditioning_embedding_out_channels"]) - 2
+    yield Rename(f"{hint}.conv_in", "input_hint_block.0")
+    for n in range(inner):
+        yield Rename(f"{hint}.blocks.{n}", f"input_hint_block.{2 * (n + 1)}")
+    yield Rename(f"{hint}.conv_out", f"input_hint_block.{2 * (inner + 1)}")
+
+
+def attended_as_stored(config: Json, names: Collection[str]) -> Json:
+    """A ControlNet's configuration with attention only where there are parameters of it: small ones leave some out."""
+    levels = range(len(config["block_out_channels"]))
+
+    def depth(module: str) -> int:
+        """Transformer blocks in an attention module, or -1 if it is not there."""
+        below = [name.removeprefix(module).split(".") for name in names if name.startswith(module)]
+        return max((int(rest[1]) + 1 if rest[0] == "transformer_blocks" else 0 for rest in below), default=-1)
+
+    depths = [depth(f"down_blocks.{level}.attentions.0.") for level in levels]
+    middle = depth("mid_block.attentions.0.")
+    return {
+        **config,
+        "down_block_types": ["DownBlock2D" if d < 0 else "CrossAttnDownBlock2D" for d in depths],
+        "mid_block_type": "UNetMidBlock2D" if middle < 0 else "UNetMidBlock2DCrossAttn",
+        "transformer_layers_per_block": [max(0, d) for d in [*depths[:-1], max(depths[-1], middle)]],
+    }
 
 
 def vae_table(config: Json) -> Iterator[Rename]:

@@ -4,8 +4,11 @@
     python -m consistory.weights.sprites.train unet   --work runs/sprites --images 150000
     python -m consistory.weights.sprites.train export --work runs/sprites --checkpoint weights/sprites/checkpoint
 
+    python -m consistory.weights.sprites.train control --work runs/control --images 20000
+
 Stage 1 is the autoencoder; `decoder` trains its second half only, also after stage 2. Stage 2 is the UNet together with
-both text encoders, which start from random weights too.
+both text encoders, which start from random weights too. `control` trains a ControlNet for silhouettes on an exported
+checkpoint, which stays as it is, and writes it into the folder `control` next to that.
 A run that was stopped goes on exactly where its last checkpoint was. With a longer `--images` (or `--minutes`, for
 machines whose speed is not known) a finished run goes on as well; its learning rate jumps to where the longer cosine
 has it. While it runs, the work folder holds the checkpoint and a sheet of samples. On another machine, `restore` makes
@@ -36,7 +39,8 @@ from torch import Tensor, nn
 
 from consistory import ddim
 from consistory.attention import AttentionControl, Site
-from consistory.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from consistory.config import ControlNetConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from consistory.controlnet import ControlNet, add_residuals
 from consistory.text import TextEncoder
 from consistory.tokenizer import Tokenizer
 from consistory.unet import Conditioning, UNet
@@ -82,6 +86,14 @@ UNET_JSON: dict[str, Any] = {
     "transformer_layers_per_block": [1, 1],
     "up_block_types": ["CrossAttnUpBlock2D"] * 2,
     "use_linear_projection": True,
+}
+DECODER_ONLY = ("out_channels", "sample_size", "up_block_types")
+CONTROL_JSON: dict[str, Any] = {key: value for key, value in UNET_JSON.items() if key not in DECODER_ONLY} | {
+    "_class_name": "ControlNetModel",
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": [16, 32],
+    "controlnet_conditioning_channel_order": "rgb",
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],  # attention at the coarser resolution only: faster
 }
 SCHEDULER_JSON: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -278,17 +290,29 @@ class Pool:
 
     @classmethod
     def draw(cls, vae: VAE, tokenize: Captions, seed: int, number: int, device: torch.device) -> Pool:
+        return cls.draw_with_masks(vae, tokenize, seed, number, device)[0]
+
+    @classmethod
+    def draw_with_masks(
+        cls, vae: VAE, tokenize: Captions, seed: int, number: int, device: torch.device
+    ) -> tuple[Pool, Tensor]:
+        """Also the first subjects' silhouettes, bool [POOL, H, W]."""
         generator = generator_for(seed, 4, number)
         scenes = sample_scenes(POOL, generator)
         texts = [text for _ in range(PASSES) for text in captions(scenes, generator)]
-        return cls(number, encode(vae, render(scenes.to(device), IMAGE_SIZE)[0]), *tokenize(texts, device))
+        images, masks = render(scenes.to(device), IMAGE_SIZE)
+        return cls(number, encode(vae, images), *tokenize(texts, device)), masks
+
+
+def min_snr(snr: Tensor) -> Tensor:
+    return snr.clamp(max=SNR_CAP) / snr
 
 
 def denoising_loss(
     model: Callable[..., Tensor], alpha_bars: Tensor, x0: Tensor, eps: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor,
-    known: Tensor,
+    known: Tensor, weight: Callable[[Tensor], Tensor] = min_snr,
 ) -> Tensor:  # fmt: skip
-    """Mean squared error of the predicted noise, weighted by min(SNR, cap) / SNR.
+    """Mean squared error of the predicted noise, weighted by a function of the signal-to-noise ratio.
 
     x0, eps [B, 4, h, w], t [B], ids [B, 77], known [B]: whether the caption is given.
     """
@@ -296,7 +320,7 @@ def denoising_loss(
     with mixed_precision(x0.device):
         predicted = model(ddim.add_noise(x0, eps, alpha_bar), t, ids, ids_2, known).float()
     snr = alpha_bar / (1 - alpha_bar)
-    return (snr.clamp(max=SNR_CAP) / snr * (predicted - eps) ** 2).mean()
+    return (weight(snr) * (predicted - eps) ** 2).mean()
 
 
 def graphed(model: Denoiser, batch: int) -> Callable[..., Tensor]:
@@ -350,8 +374,10 @@ def sample(
     generator: torch.Generator,
     steps: int = 20,
     guidance: float = 5.0,
+    controlled: Controlled | None = None,
 ) -> Tensor:
     """Plain DDIM with classifier-free guidance: ids of both tokenizers, [B, 77] -> images [B, 3, H, W] in [0, 1]."""
+    predict = model.unet if controlled is None else controlled.predict
     schedule = ScheduleConfig.from_json(SCHEDULER_JSON)
     device, n = ids[0].device, len(ids[0])
     known = torch.arange(2 * n, device=device) >= n
@@ -360,10 +386,114 @@ def sample(
     x = torch.randn(n, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2, generator=generator).to(device)
     for t in ddim.timesteps(schedule, steps):
         with mixed_precision(device):
-            unconditional, conditional = model.unet(x.repeat(2, 1, 1, 1), t, cond).float().chunk(2)
+            unconditional, conditional = predict(x.repeat(2, 1, 1, 1), t, cond).float().chunk(2)
         eps = unconditional + guidance * (conditional - unconditional)
         x = ddim.step(x, eps, ddim.alpha_bars(schedule)[t], ddim.alpha_bar_after(schedule, steps, t))
     return (vae.decode(x / vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- a ControlNet for silhouettes
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A trained model, steered by a ControlNet with silhouettes [B, H, W], bool."""
+
+    model: Denoiser
+    net: ControlNet
+    silhouettes: Tensor
+
+    def __call__(self, x: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, known: Tensor) -> Tensor:
+        with torch.no_grad():
+            cond = self.model.condition(ids, ids_2, known)
+        return self.predict(x, t, cond)
+
+    def predict(self, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
+        """The predicted noise [B', 4, h, w]; B' is B, or 2 B for both halves of guidance."""
+        attention = AttentionControl()
+        hint = self.net.hint(pictures_of(self.silhouettes)).repeat(len(x) // len(self.silhouettes), 1, 1, 1)
+        residuals = self.net(x, t, cond, hint)
+        with torch.no_grad():
+            encoded = self.model.unet.encode(x, t, cond, attention)
+        return self.model.unet.decode(add_residuals(encoded, [residuals]), attention)
+
+
+def pictures_of(silhouettes: Tensor) -> Tensor:
+    """bool [B, H, W] -> white on black, [B, 3, H, W]."""
+    return silhouettes[:, None].float().expand(-1, 3, -1, -1)
+
+
+def load_exported(folder: Path, device: torch.device) -> tuple[VAE, Denoiser]:
+    """The autoencoder and the model of an exported checkpoint, frozen."""
+    vae = VAE(VAEConfig.from_json(_read_json(folder / "vae" / "config.json")))
+    vae.load_state_dict(_exported_tensors(folder / "vae"))
+    model = Denoiser(_read_json(folder / "text_encoder" / "config.json")["vocab_size"])
+    for name, child in model.named_children():
+        child.load_state_dict(_exported_tensors(folder / name))
+    return vae.requires_grad_(False).to(device), model.requires_grad_(False).to(device)
+
+
+def copy_encoder(unet: UNet, silhouettes: Tensor) -> ControlNet:
+    """A ControlNet that starts as the UNet's first half, and adds zeros.
+
+    Hints of silhouettes [B, H, W] start with zero mean and unit variance, not at zero, so that the zero convolutions
+    have something to go by: with zeros at both ends, nothing is learned for a long while.
+    """
+    net = ControlNet(ControlNetConfig.from_json(CONTROL_JSON))
+    copied = {name: value for name, value in unet.state_dict().items() if name in net.state_dict()}
+    net.load_state_dict(copied, strict=False)
+    last = net.controlnet_cond_embedding.conv_out
+    assert last.bias is not None
+    last.reset_parameters()
+    with torch.no_grad():
+        std, mean = torch.std_mean(net.hint(pictures_of(silhouettes)), dim=(0, 2, 3))
+        last.weight /= std[:, None, None, None]
+        last.bias.sub_(mean).div_(std)
+    return net
+
+
+def train_control(work: Path, plan: Plan, seed: int, device: torch.device, folder: Path) -> None:
+    """The ControlNet for the checkpoint in `folder`; it is written into the folder `control` next to it."""
+    torch.manual_seed(seed)
+    tokenize = Captions(work)
+    vae, model = load_exported(folder, device)
+    _, silhouettes = render(sample_scenes(64, generator_for(seed, 11)))
+    run = start(copy_encoder(model.unet, silhouettes).to(device))
+    logger.info("%.2f M parameters", sum(p.numel() for p in run.model.parameters()) / 1e6)
+    resume(run, work / "control.safetensors")
+    alpha_bars = ddim.alpha_bars(ScheduleConfig.from_json(SCHEDULER_JSON)).to(device)
+    pool: tuple[int, Pool, Tensor] | None = None
+
+    def loss_of(step: int) -> Tensor:
+        nonlocal pool
+        number, place = divmod(step * plan.batch, PASSES * POOL)
+        if pool is None or pool[0] != number:
+            pool = number, *Pool.draw_with_masks(vae, tokenize, seed, number, device)
+        _, scenes, silhouettes = pool
+        generator = generator_for(seed, 9, step, device=device)
+        index = (place + torch.arange(plan.batch, device=device)) % (PASSES * POOL)
+        x0 = scenes.latents[index % POOL]
+        # Layouts are settled early, at high noise: more of those timesteps, and the error of the predicted latents.
+        t = (len(alpha_bars) * torch.rand(plan.batch, generator=generator, device=device).sqrt()).long()
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        known = torch.rand(plan.batch, generator=generator, device=device) >= CAPTION_DROPOUT
+        controlled = Controlled(model, run.model, silhouettes[index % POOL])
+        ids, ids_2 = scenes.ids[index], scenes.ids_2[index]
+        return denoising_loss(controlled, alpha_bars, x0, eps, t, ids, ids_2, known, weight=torch.reciprocal)
+
+    def sheet(path: Path) -> None:
+        scenes = sample_scenes(8, generator_for(seed, 10), second_subject=0.0)
+        _, silhouettes = render(scenes.to(device), IMAGE_SIZE)
+        controlled = Controlled(model, run.average, silhouettes)
+        ids = tokenize(captions(scenes, generator_for(seed, 10)), device)
+        images = sample(model, vae, ids, generator_for(seed, 6), controlled=controlled)
+        save_grid(torch.cat([pictures_of(silhouettes), images]), path, columns=8)
+
+    train(run, plan, loss_of, work / "control.safetensors", sheet)
+    out = folder.parent / "control"
+    _write_json(out / "config.json", CONTROL_JSON)
+    half = {key: value.half().cpu().contiguous() for key, value in run.average.state_dict().items()}
+    save_file(half, out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 # ---------------------------------------------------------------- results
@@ -409,19 +539,25 @@ def restore(folder: Path, work: Path) -> None:
 
     The optimizer and the schedule start anew.
     """
-
-    def tensors(name: str) -> dict[str, Tensor]:
-        (path,) = (folder / name).glob("*.safetensors")
-        return {key: value.float() for key, value in load_file(path).items()}
-
     children = ("text_encoder", "text_encoder_2", "unet")
     parts = {
-        "vae.safetensors": tensors("vae"),
-        "unet.safetensors": {f"{child}.{key}": value for child in children for key, value in tensors(child).items()},
+        "vae.safetensors": _exported_tensors(folder / "vae"),
+        "unet.safetensors": {
+            f"{child}.{key}": value for child in children for key, value in _exported_tensors(folder / child).items()
+        },
     }
     for name, part in parts.items():
         both = {f"{kind}.{key}": value.clone() for kind in ("model", "average") for key, value in part.items()}
         save_file(both, work / name, {"step": "0", "seconds": "0"})
+
+
+def _exported_tensors(folder: Path) -> dict[str, Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return {key: value.float() for key, value in load_file(path).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -431,7 +567,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the sprites model.")
-    parser.add_argument("job", choices=("vae", "decoder", "unet", "export", "restore"))
+    parser.add_argument("job", choices=("vae", "decoder", "unet", "control", "export", "restore"))
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and sample sheets")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--images", type=int, help="how many images to train on, in all")
@@ -440,7 +576,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint", help="export to it, or restore from it"
+        "--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint",
+        help="export to it, restore from it, or make a ControlNet for it",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -458,6 +595,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # shapes never change
     if args.job == "unet":
         train_unet(args.work, plan, args.seed, device)
+    elif args.job == "control":
+        train_control(args.work, plan, args.seed, device, args.checkpoint)
     else:
         train_vae(args.work, plan, args.seed, device, learning="decoder." if args.job == "decoder" else "")
 
