@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import tempfile
@@ -18,6 +19,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from consistory.weights.errors import ConsistoryError
+
+logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
@@ -122,6 +125,34 @@ def encode_png(image: Pixels, text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def read_picture(path: Path) -> Pixels:
+    """Any picture that Pillow reads -> uint8 [H, W, 3], upright as its EXIF data says, transparency over white.
+
+    Of an animation, the first frame is taken, with a warning. Raises ConsistoryError for a file that is no picture, or
+    a damaged one.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # some cameras' JPEG with a preview
+                logger.warning("%s has %d frames: the first one is taken", path, image.n_frames)
+            upright = pillow.ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                upright = pillow.Image.fromarray((np.asarray(upright) / 257).clip(0, 255).round().astype(np.uint8))
+            if upright.has_transparency_data:
+                over = upright.convert("RGBA")
+                upright = pillow.Image.alpha_composite(pillow.Image.new("RGBA", over.size, "white"), over)
+            return np.array(upright.convert("RGB"))
+    except FileNotFoundError:
+        raise ConsistoryError(f"there is no file {path}: check the name") from None
+    except pillow.UnidentifiedImageError:
+        raise ConsistoryError(f"{path} is not a picture that can be read: give a PNG, JPEG or WebP file") from None
+    except pillow.Image.DecompressionBombError:
+        raise ConsistoryError(f"{path} has too many pixels: make it smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConsistoryError(f"{path} cannot be read ({error}): save the picture again") from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Whoever looks at the path sees the file before, or the whole file after, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -136,9 +167,10 @@ def _pillow() -> ModuleType:
     """Pillow is an extra: the library works without it until a picture is written."""
     try:
         import PIL.Image
+        import PIL.ImageOps
         import PIL.PngImagePlugin
     except ImportError:
-        raise ConsistoryError('Pillow, which writes pictures, is missing: pip install "consistory[cli]"') from None
+        raise ConsistoryError('Pillow, for reading and writing pictures, is missing: pip install "consistory[cli]"') from None
     return PIL
 
 

@@ -28,9 +28,10 @@ from .arguments import (
     initial_noise,
     usable_device,
 )
-from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .config import ConsistoryConfig, PhotoConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
+from .photos import Photo, Trail, check_photos, find_trail, read_photos, with_photos
 from .story import OnStep, Plan, tell
 from .subject import Recipe, Subject
 from .text import TextEncoder
@@ -214,40 +215,131 @@ class ConsiStory:
         check_sampling(steps, self.schedule, guidance)
         seeds = expand_seeds(seed, images)
         concepts = self._concepts(concepts, subject, config)
-        token_weights = self._token_weights(prompts, concepts)
-        stride = self.vae.config.stride
-        size = height // stride, width // stride
+        shape = self.latent_shape(height, width)
         if latents is None:
-            latents = initial_noise(seeds, (self.unet.config.channels, *size))
-        check_latents(latents, (images, self.unet.config.channels, *size))
-
-        plan = Plan(
-            unet=self.unet, schedule=self.schedule, cond=self._conditioning(prompts, negative_prompt, height, width),
-            token_weights=token_weights, config=config, steps=steps, guidance=guidance, anchors=anchors,
-            seed=seeds[0], latent_size=size,
-        )
-        told = tell(plan, latents.to(self.device, torch.float32), on_step)
-        settings_used = {
-            "model": self.name, "steps": steps, "guidance": guidance, "negative_prompt": negative_prompt,
-            "anchors": anchors, "width": width, "height": height, "dtype": str(self.dtype).removeprefix("torch."),
-            "config": asdict(config),
-        }
+            latents = initial_noise(seeds, shape)
+        check_latents(latents, (images, *shape))
         recipe = Recipe(
             prompts=prompts[:anchors], seeds=seeds[:anchors], concepts=concepts, subject=subject, style=style,
             steps=steps, guidance=guidance, negative_prompt=negative_prompt, width=width, height=height,
             next_seed=max(seeds) + 1, config=config,
         )
-        masks = {stride: mask[:anchors] for stride, mask in told.masks.items()}
+        return self.draw(Subject(self, recipe, {}), prompts, seeds, latents, on_step=on_step)
+
+    @torch.inference_mode()
+    def draw(
+        self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, *,
+        on_step: OnStep = lambda done, total: None,
+    ) -> Story:
+        """A story of a subject, its anchors first.
+
+        What `__call__` and `Subject.extend` share. prompts, seeds, latents [N, 4, h, w]: of every picture to draw.
+        Raises ConsistoryError if a prompt lacks a concept.
+        """
+        recipe = subject.recipe
+        plan, x = self._plan(recipe, prompts), latents.to(self.device, torch.float32)
+        settings = {
+            "model": self.name, "steps": recipe.steps, "guidance": recipe.guidance,
+            "negative_prompt": recipe.negative_prompt, "anchors": plan.anchors, "width": recipe.width,
+            "height": recipe.height, "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
+        }
+        if recipe.photos is not None and subject.trail is not None:
+            plan = with_photos(plan, subject.trail, recipe.photos)
+            x = torch.cat([subject.trail.start, x[plan.anchors :]])
+            settings["photos"] = asdict(recipe.photos)
+        told = tell(plan, x, on_step)
+        masks = {stride: mask[: plan.anchors] for stride, mask in told.masks.items()}
         return Story(
-            images=self.decode(told.latents), prompts=prompts, concepts=concepts, seeds=seeds, settings=settings_used,
-            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=Subject(self, recipe, masks),
+            images=self.decode(told.latents), prompts=prompts, concepts=recipe.concepts, seeds=seeds, settings=settings,
+            latents=told.latents, masks=told.masks, nearest=told.nearest, subject=replace(subject, masks=masks),
         )
+
+    def personalize(
+        self,
+        images: Sequence[Photo],
+        *,
+        subject: str = "",
+        concept: str | Sequence[str] | None = None,
+        style: str = "",
+        prompts: Sequence[str] | None = None,
+        method: str = "inversion",
+        seed: int | Sequence[int] = 0,
+        steps: int = 100,
+        guidance: float = 5.0,
+        photo_guidance: float = 2.0,
+        align_keys: bool = True,
+        anchors_read: bool = False,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        config: ConsistoryConfig | None = None,
+    ) -> Subject:
+        """A subject whose anchors are real photos (App. E); `extend` draws new pictures of it.
+
+        images: photos of the subject, as paths of files or uint8 [H, W, 3] of any size; what does not have the model's
+            size is cut to its centre and resized.
+        subject, style: a photo's prompt is "{style} {subject}"; or give `prompts`, one for each photo.
+        concept: word or phrase for the subject, or several; by default the subject's head noun.
+        method: "inversion" | "noise", photo_guidance, align_keys, anchors_read: see `PhotoConfig`.
+        seed: of the photos' noise.  Other arguments are those of a story.
+
+        Raises ConsistoryError if a photo cannot be read or the arguments do not fit together or do not fit the model.
+        """
+        config = config or ConsistoryConfig()
+        photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
+        check_photos(images)
+        if prompts is None:
+            prompts = compose_prompts(subject, [""] * len(images), style)
+        check_prompts(prompts)
+        if len(prompts) != len(images):
+            raise ConsistoryError(f"{len(prompts)} prompts are given for {len(images)} photos: give one for each")
+        height, width = self._check_size(height, width)
+        for value in (guidance, photo_guidance):
+            check_sampling(steps, self.schedule, value)
+        seeds = expand_seeds(seed, len(images))
+        concepts = self._concepts([concept] if isinstance(concept, str) else concept, subject, config)
+        self._token_weights(list(prompts), concepts)  # every prompt has to contain them
+        recipe = Recipe(
+            prompts=list(prompts), seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
+            guidance=guidance, negative_prompt=negative_prompt, width=width, height=height, next_seed=max(seeds) + 1,
+            config=config, photos=photos,
+        )
+        return Subject(self, recipe, {}, self.encode(read_photos(images, height, width)))
+
+    @torch.inference_mode()
+    def find_trail(self, recipe: Recipe, photos: Tensor, on_step: OnStep = lambda done, total: None) -> Trail:
+        """The trail of a recipe's photos, whose latents are [A, 4, h, w]; see `consistory.photos`."""
+        assert recipe.photos is not None
+        x0 = photos.to(self.device, torch.float32)
+        return find_trail(self._plan(recipe, recipe.prompts), x0, recipe.seeds, recipe.photos, on_step)
+
+    def _plan(self, recipe: Recipe, prompts: list[str]) -> Plan:
+        return Plan(
+            unet=self.unet, schedule=self.schedule,
+            cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width),
+            token_weights=self._token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
+            guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
+            latent_size=self.latent_shape(recipe.height, recipe.width)[1:],
+        )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of so many pixels."""
+        stride = self.vae.config.stride
+        return self.unet.config.channels, height // stride, width // stride
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
         ids = [tok.encode(prompts, warn=i == 0).to(self.device) for i, tok in enumerate(self.tokenizers)]
         (first, _), (second, pooled) = (encode(x) for encode, x in zip(self.text_encoders, ids, strict=True))
         return torch.cat([first, second], dim=-1), pooled
+
+    @torch.inference_mode()
+    def encode(self, images: NDArray[np.uint8]) -> Tensor:
+        """Pictures, uint8 [N, H, W, 3] -> latents, float32 [N, 4, h, w] on the CPU: the posterior's means."""
+        weight = self.vae.quant_conv.weight
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight.device, torch.float32) / 127.5 - 1
+        means = torch.cat([self.vae.encode(one.to(weight.dtype))[0].float() for one in pixels.split(1)])
+        return (means * self.vae.config.scaling_factor).cpu()
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding needs the most memory.

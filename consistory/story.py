@@ -24,6 +24,8 @@ from .sdsa import Consistent, RecordQueries, Sharing
 from .unet import Conditioning, UNet
 
 Masks = dict[int, Tensor]  # {latent stride: bool [N, P]}
+# A step, the anchors' latents before it and the model's guided output [A, 4, h, w] -> their latents after it.
+Follow = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Plan:
     """Everything that stays the same while a story is told.
 
     cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
+    guidance: one for all images, or one each, [N, 1, 1, 1].
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
+    follow: where the anchors go next, if they are photos that DDIM must not lead away from (App. E).
+    anchors_read: whether anchors read each other; photos do not.  align_keys: see `Sharing`.
     """
 
     unet: UNet
@@ -40,10 +45,13 @@ class Plan:
     token_weights: Tensor
     config: ConsistoryConfig
     steps: int
-    guidance: float
+    guidance: float | Tensor
     anchors: int
     seed: int
     latent_size: Size
+    follow: Follow | None = None
+    anchors_read: bool = True
+    align_keys: bool = False
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -69,7 +77,9 @@ class Plan:
     def share(self) -> Tensor:
         """bool [N, A]: every image reads every anchor but itself."""
         n = len(self.token_weights)
-        return ~torch.eye(n, self.anchors, dtype=torch.bool, device=self.token_weights.device)
+        share = ~torch.eye(n, self.anchors, dtype=torch.bool, device=self.token_weights.device)
+        share[: self.anchors] &= self.anchors_read
+        return share
 
     @cached_property
     def kept_keys(self) -> dict[int, Tensor]:
@@ -132,7 +142,9 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
     # Correspondence (§4.3)
     assert dift is not None
     dift = smooth(dift.float())
-    nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
+    nearest = {
+        s: nearest_patches(dift, size, masks[s], plan.anchors).among(plan.share) for s, size in plan.sizes.items()
+    }
     finest = plan.unet.strides[0]
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
 
@@ -151,6 +163,9 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         output, control = guided_output(plan, state, active)
         alpha_bar_next = ddim.alpha_bar_after(plan.schedule, plan.steps, t)
         x = ddim.step(state.x, output, alpha_bars[t], alpha_bar_next, plan.schedule.prediction)
+        if plan.follow is not None:
+            anchors = plan.follow(state.step, state.x[: plan.anchors], output[: plan.anchors])
+            x = torch.cat([anchors, x[plan.anchors :]])
         cross_maps = state.cross_maps
         if control.cross_maps:
             history = plan.config.mask_history or plan.steps
@@ -181,7 +196,8 @@ def plan_sharing(plan: Plan, state: State) -> Sharing | None:
     masks = current_masks(plan, state)
     key_masks = {s: masks[s][: plan.anchors] & plan.kept_keys[s][state.step] for s in masks}
     weight = blend_weight(plan.config, state.step, plan.steps)
-    return Sharing(key_masks, plan.share, None if weight is None else (state.vanilla, weight))
+    vanilla = None if weight is None else (state.vanilla, weight)
+    return Sharing(key_masks, plan.share, vanilla, plan.align_keys)
 
 
 def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:

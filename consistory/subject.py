@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_prompts, compose_prompts, expand_seeds
-from .config import ConsistoryConfig
+from .arguments import check_prompts, compose_prompts, expand_seeds, initial_noise
+from .config import ConsistoryConfig, PhotoConfig
+from .photos import Trail
 from .story import OnStep
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Recipe:
 
     subject, style: words that new prompts are composed of; empty if whole prompts were given.
     next_seed: the default for the first new picture, so that pictures made one after the other all differ.
+    photos: how they take part, if the anchors are real photos; the seeds are those of their noise.
     """
 
     prompts: list[str]
@@ -51,15 +53,23 @@ class Recipe:
     height: int
     next_seed: int
     config: ConsistoryConfig
+    photos: PhotoConfig | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Anchors and the model that drew them. masks: {stride: bool [A, P]} where the subject is in the anchors."""
+    """Anchors and the model that drew them.
+
+    masks: {stride: bool [A, P]} where the subject is in the anchors; photos have none before pictures are drawn.
+    photos: [A, 4, h, w] latents of the photos, if these are the anchors, and the trail that they follow, which is found
+        when it is first needed and not saved.
+    """
 
     pipe: ConsiStory
     recipe: Recipe
     masks: Mapping[int, Tensor]
+    photos: Tensor | None = None
+    trail: Trail | None = None
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
@@ -79,32 +89,42 @@ class Subject:
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
         if chunk is not None and chunk < 1:
             raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
+        for concept in recipe.concepts:
+            self.pipe.tokenizers[0].concept_positions(prompts, concept)  # every prompt has to contain it
         size = chunk or len(prompts)
         starts = range(0, len(prompts), size)
+        subject = self._on_trail(on_step)
+        before = recipe.steps if subject is not self else 0
 
         def part(number: int, start: int) -> Story:
             def on_part(done: int, total: int) -> None:
-                on_step(number * total + done, len(starts) * total)
+                on_step(before + number * total + done, before + len(starts) * total)
 
-            return self._extend(prompts[start : start + size], seeds[start : start + size], on_part)
+            return subject._extend(prompts[start : start + size], seeds[start : start + size], on_part)
 
         first, *others = [part(number, start) for number, start in enumerate(starts)]
         return first.join(others)
 
     def _extend(self, prompts: list[str], seeds: list[int], on_step: OnStep) -> Story:
-        recipe = self.recipe
-        together = self.pipe(
-            prompts=recipe.prompts + prompts, seed=recipe.seeds + seeds, concepts=recipe.concepts,
-            subject=recipe.subject, style=recipe.style, steps=recipe.steps, guidance=recipe.guidance,
-            negative_prompt=recipe.negative_prompt, anchors=len(recipe.prompts), width=recipe.width,
-            height=recipe.height, config=recipe.config, on_step=on_step,
+        recipe = replace(self.recipe, next_seed=max(self.recipe.seeds + seeds) + 1)
+        noise = initial_noise(recipe.seeds + seeds, self.pipe.latent_shape(recipe.height, recipe.width))
+        together = self.pipe.draw(
+            replace(self, recipe=recipe), recipe.prompts + prompts, recipe.seeds + seeds, noise, on_step=on_step
         )
         return together.select(slice(len(recipe.prompts), None))
+
+    def _on_trail(self, on_step: OnStep) -> Subject:
+        """The subject, its photos inverted if it has any that are not yet."""
+        if self.photos is None or self.trail is not None:
+            return self
+        return replace(self, trail=self.pipe.find_trail(self.recipe, self.photos, on_step))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. Raises ConsistoryError if it cannot be written."""
         path = Path(path)
         tensors = {f"masks.{stride}": mask.cpu().contiguous() for stride, mask in self.masks.items()}
+        if self.photos is not None:
+            tensors["photos"] = self.photos
         metadata = {
             "format": FORMAT, "recipe": json.dumps(asdict(self.recipe)), "model": fingerprint(self.pipe.unet),
         }
@@ -134,7 +154,10 @@ class Subject:
             raise ConsistoryError(f"{path} was made with another model than {pipe.name}: load the one it was made with")
         masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items() if key.startswith("masks.")}
         recipe = json.loads(metadata["recipe"])
-        return cls(pipe, Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])}), masks)
+        recipe["config"] = ConsistoryConfig.from_dict(recipe["config"])
+        if recipe.get("photos") is not None:
+            recipe["photos"] = PhotoConfig(**recipe["photos"])
+        return cls(pipe, Recipe(**recipe), masks, tensors.get("photos"))
 
 
 def fingerprint(module: nn.Module) -> str:
