@@ -1,11 +1,11 @@
-"""Do new pictures keep the subject of two photos? Rendered photos of unseen subjects, on `sprites`, judged by the oracle.
+"""Do new pictures keep the subject of two photos? Rendered photos of new subjects, on `sprites`, judged by the oracle.
 
     python bench/photos.py                            # 20 subjects -> bench/results/photos.json
     python bench/photos.py --subjects 4 --steps 25    # a quick look
 
-For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to draw
-it in. "setting" and "kind" are the shares of new pictures that show what the prompt asks for; "main", "second" (colours)
-and "pattern" the shares that agree with the photos, which no prompt tells of.
+For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to
+draw it in. "setting" and "kind" are the shares of new pictures that show what the prompt asks for; "main", "second"
+(colours) and "pattern" the shares that agree with the photos, which no prompt tells of.
 """
 
 from __future__ import annotations

@@ -46,6 +46,9 @@ examples:
   consistory extend cat.safetensors --settings "in space" "in a meadow" --out more
       more pictures of the same cat, later
 
+  consistory personalize photo1.jpg photo2.jpg --subject "a cat" --settings "in space" "in a meadow" --out mine
+      the cat of real photos in new pictures
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata."""
 
@@ -62,11 +65,18 @@ Draw more pictures of a subject that `consistory SUBJECT ... --save-subject FILE
 anchors, are drawn again along with the new ones, which come out as if all had been drawn together."""
 
 
+PERSONALIZE = """\
+Draw new pictures of the subject of real photos, without training. One photo is enough; two or more, which show it in
+different places, are better. The photos are the anchors: the new pictures look at the subject in them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["extend"]:
         args, make = parse_extend(argv[1:]), extend
+    elif argv[:1] == ["personalize"]:
+        args, make = parse_personalize(argv[1:]), personalize
     else:
         args, make = parse(argv), draw
     try:
@@ -120,6 +130,33 @@ def extend(args: argparse.Namespace) -> Story:
         seed = None if args.seed is None else args.seed[0] if len(args.seed) == 1 else args.seed
         with progress_bar(args.quiet) as on_step:
             return subject.extend(args.settings, seed=seed, chunk=args.chunk, on_step=on_step)
+
+
+def personalize(args: argparse.Namespace) -> Story:
+    """Load the model and draw the subject of photos. Raises ConsistoryError as `draw` does."""
+    if args.save_subject is not None:
+        check_can_save(args.save_subject.absolute().parent)
+    with told_if_out_of_memory():
+        subject = load(args).personalize(
+            args.photos,
+            subject=args.subject,
+            concept=args.concept,
+            style=args.style,
+            method=args.method,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            align_keys=args.align_keys,
+            negative_prompt=args.negative,
+            width=args.width,
+            height=args.height,
+            config=method(args),
+        )
+        with progress_bar(args.quiet) as on_step:
+            story = subject.extend(args.settings, chunk=args.chunk, on_step=on_step)
+    if args.save_subject is not None:
+        story.subject.save(args.save_subject)
+    return story
 
 
 @contextmanager
@@ -234,6 +271,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
 
+    consistency = add_method(parser)
+    consistency.add_argument("--anchors", type=int, metavar="A", help="pictures that the others look at (default: 2)")
+    return parser.parse_args(argv)
+
+
+def add_method(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     consistency = parser.add_argument_group("the method")
     preset = consistency.add_mutually_exclusive_group()
     preset.add_argument(
@@ -244,7 +287,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--vanilla", dest="preset", action="store_const", const="vanilla",
         help="leave the method out: the same noise, no consistency",
     )
-    consistency.add_argument("--anchors", type=int, metavar="A", help="pictures that the others look at (default: 2)")
     consistency.add_argument(
         "--dropout", type=probability, metavar="P",
         help="probability that a patch of an anchor is hidden from the others at a step: more varies the layout, less "
@@ -254,7 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--freeu", action=argparse.BooleanOptionalAction,
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
-    return parser.parse_args(argv)
+    return consistency
 
 
 def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
@@ -278,6 +320,59 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_output(parser)
     add_model(parser)
+    return parser.parse_args(argv)
+
+
+def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `personalize`. Exits with code 2 and one line if they are malformed."""
+    parser = Parser(
+        prog="consistory personalize",
+        usage="consistory personalize PHOTO [PHOTO ...] --subject SUBJECT --settings SETTING [SETTING ...] "
+        "[--out FOLDER] [options]",
+        description=PERSONALIZE,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "photos", metavar="PHOTO", type=Path, nargs="+",
+        help="pictures of the subject, of any size; what does not fit the model's is cut to its centre and resized",
+    )
+    parser.add_argument("--subject", required=True, help='what the photos show, such as "a cat"')
+    parser.add_argument("--settings", metavar="SETTING", nargs="+", required=True, help="one for each new picture")
+    parser.add_argument("--style", default="", help='put before every prompt, such as "a photo of" (default: none)')
+    parser.add_argument(
+        "--concept", action="append",
+        help="word or phrase for what is to stay the same; repeat it for several (default: the subject's noun)",
+    )
+    parser.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
+    output = add_output(parser)
+    output.add_argument(
+        "--save-subject", metavar="FILE", type=Path,
+        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
+    )
+    output.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="draw at most so many new pictures at a time, to save memory (default: all)",
+    )
+    add_model(parser)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--seed", type=int, default=0,
+        help="of the noise: a number, from which the photos and then the new pictures count up (default: 0)",
+    )
+    sampling.add_argument("--steps", type=int, default=100, help="denoising steps (default: 100)")
+    sampling.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the prompt (default: 5)")
+    sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    method = add_method(parser)
+    method.add_argument(
+        "--method", choices=("inversion", "noise"), default="inversion",
+        help="how photos take part: with independent noise at every step, as in an inversion, or with one noise "
+        "(default: inversion)",
+    )
+    method.add_argument(
+        "--align-keys", action=argparse.BooleanOptionalAction, default=True,
+        help="give the photos' attention keys the statistics of those of the new pictures (default: on)",
+    )
     return parser.parse_args(argv)
 
 

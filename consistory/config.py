@@ -169,9 +169,10 @@ class QueryBlend:
 class PhotoConfig:
     """How real photos take part as anchors (App. E).
 
-    method: "inversion": they follow the noise maps of an edit-friendly DDPM inversion; "noise": at every step they are
-        the photo's latents with the same noise.
-    guidance: of the inversion and its reproduction.
+    method: "inversion": they follow the noise maps of an edit-friendly DDPM inversion, made from latents noised
+        independently at every step; "noise": at every step they are the photo's latents with one and the same noise.
+    guidance: of the inversion and its reproduction. It plays a part only if photos read each other: otherwise an
+        inversion is reproduced exactly under any guidance.
     align_keys: AdaIN of the anchors' self-attention keys.
     anchors_read: whether they read each other.
     """

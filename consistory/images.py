@@ -170,7 +170,7 @@ def _pillow() -> ModuleType:
         import PIL.ImageOps
         import PIL.PngImagePlugin
     except ImportError:
-        raise ConsistoryError('Pillow, for reading and writing pictures, is missing: pip install "consistory[cli]"') from None
+        raise ConsistoryError('Pillow, which picture files need, is missing: pip install "consistory[cli]"') from None
     return PIL
 
 

@@ -31,7 +31,7 @@ from .arguments import (
 from .config import ConsistoryConfig, PhotoConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .correspondence import Nearest
 from .images import save_story
-from .photos import Photo, Trail, check_photos, find_trail, read_photos, with_photos
+from .photos import Photo, check_photos, find_trail, read_photos, with_photos
 from .story import OnStep, Plan, tell
 from .subject import Recipe, Subject
 from .text import TextEncoder
@@ -243,9 +243,10 @@ class ConsiStory:
             "negative_prompt": recipe.negative_prompt, "anchors": plan.anchors, "width": recipe.width,
             "height": recipe.height, "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
         }
-        if recipe.photos is not None and subject.trail is not None:
-            plan = with_photos(plan, subject.trail, recipe.photos)
-            x = torch.cat([subject.trail.start, x[plan.anchors :]])
+        if recipe.photos is not None and subject.photos is not None:
+            x0, alone = subject.photos.to(x), self._plan(recipe, recipe.prompts)
+            trail = find_trail(alone, x0, recipe.seeds, recipe.photos)
+            plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[plan.anchors :]])
             settings["photos"] = asdict(recipe.photos)
         told = tell(plan, x, on_step)
         masks = {stride: mask[: plan.anchors] for stride, mask in told.masks.items()}
@@ -306,13 +307,6 @@ class ConsiStory:
         )
         return Subject(self, recipe, {}, self.encode(read_photos(images, height, width)))
 
-    @torch.inference_mode()
-    def find_trail(self, recipe: Recipe, photos: Tensor, on_step: OnStep = lambda done, total: None) -> Trail:
-        """The trail of a recipe's photos, whose latents are [A, 4, h, w]; see `consistory.photos`."""
-        assert recipe.photos is not None
-        x0 = photos.to(self.device, torch.float32)
-        return find_trail(self._plan(recipe, recipe.prompts), x0, recipe.seeds, recipe.photos, on_step)
-
     def _plan(self, recipe: Recipe, prompts: list[str]) -> Plan:
         return Plan(
             unet=self.unet, schedule=self.schedule,
@@ -339,7 +333,7 @@ class ConsiStory:
         weight = self.vae.quant_conv.weight
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight.device, torch.float32) / 127.5 - 1
         means = torch.cat([self.vae.encode(one.to(weight.dtype))[0].float() for one in pixels.split(1)])
-        return (means * self.vae.config.scaling_factor).cpu()
+        return (means * self.vae.config.scaling_factor).cpu().contiguous()
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding needs the most memory.

@@ -23,7 +23,7 @@ from consistory.weights.errors import ConsistoryError
 from . import ddpm
 from .config import PhotoConfig
 from .images import Pixels, read_picture
-from .story import Follow, OnStep, Plan, State, guided_output
+from .story import Follow, Plan, State, guided_output
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +38,23 @@ class Trail:
     follow: Follow
 
 
-def find_trail(plan: Plan, x0: Tensor, seeds: Sequence[int], photos: PhotoConfig, on_step: OnStep) -> Trail:
-    """The trail of photos with latents x0 [A, 4, h, w]; inversion calls the UNet once a step.
+def find_trail(plan: Plan, x0: Tensor, seeds: Sequence[int], photos: PhotoConfig) -> Trail:
+    """The trail of photos with latents x0 [A, 4, h, w].
+
+    Noise maps lead through the very latents that they were made from, unless something flows into a photo. So they are
+    only made, by one call of the UNet a step, if photos read each other; otherwise the latents are the trail.
 
     plan: of the story they will be anchors of, but with the photos as its only images.
     """
     schedule, steps = plan.schedule, plan.steps
-    if photos.method == "noise":
-        latents = ddpm.noised(x0, seeds, schedule, steps, fixed=True)
+    if photos.method == "noise" or not photos.anchors_read:
+        latents = ddpm.noised(x0, seeds, schedule, steps, fixed=photos.method == "noise")
         return Trail(latents[0], lambda step, x, output: latents[step + 1])
 
     alone = replace(plan, guidance=photos.guidance, config=replace(plan.config, sdsa=False, injection=False))
 
     def predict(x: Tensor, step: int) -> Tensor:
-        output, _ = guided_output(alone, State(step, x, []), None)
-        on_step(step + 1, steps)
-        return output
+        return guided_output(alone, State(step, x, []), None)[0]
 
     inversion = ddpm.invert(predict, x0, seeds, schedule, steps)
 

@@ -23,7 +23,6 @@ from consistory.weights.errors import ConsistoryError
 
 from .arguments import check_prompts, compose_prompts, expand_seeds, initial_noise
 from .config import ConsistoryConfig, PhotoConfig
-from .photos import Trail
 from .story import OnStep
 
 if TYPE_CHECKING:
@@ -61,15 +60,13 @@ class Subject:
     """Anchors and the model that drew them.
 
     masks: {stride: bool [A, P]} where the subject is in the anchors; photos have none before pictures are drawn.
-    photos: [A, 4, h, w] latents of the photos, if these are the anchors, and the trail that they follow, which is found
-        when it is first needed and not saved.
+    photos: [A, 4, h, w] their latents, if the anchors are photos.
     """
 
     pipe: ConsiStory
     recipe: Recipe
     masks: Mapping[int, Tensor]
     photos: Tensor | None = None
-    trail: Trail | None = None
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
@@ -93,14 +90,12 @@ class Subject:
             self.pipe.tokenizers[0].concept_positions(prompts, concept)  # every prompt has to contain it
         size = chunk or len(prompts)
         starts = range(0, len(prompts), size)
-        subject = self._on_trail(on_step)
-        before = recipe.steps if subject is not self else 0
 
         def part(number: int, start: int) -> Story:
             def on_part(done: int, total: int) -> None:
-                on_step(before + number * total + done, before + len(starts) * total)
+                on_step(number * total + done, len(starts) * total)
 
-            return subject._extend(prompts[start : start + size], seeds[start : start + size], on_part)
+            return self._extend(prompts[start : start + size], seeds[start : start + size], on_part)
 
         first, *others = [part(number, start) for number, start in enumerate(starts)]
         return first.join(others)
@@ -112,12 +107,6 @@ class Subject:
             replace(self, recipe=recipe), recipe.prompts + prompts, recipe.seeds + seeds, noise, on_step=on_step
         )
         return together.select(slice(len(recipe.prompts), None))
-
-    def _on_trail(self, on_step: OnStep) -> Subject:
-        """The subject, its photos inverted if it has any that are not yet."""
-        if self.photos is None or self.trail is not None:
-            return self
-        return replace(self, trail=self.pipe.find_trail(self.recipe, self.photos, on_step))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically. Raises ConsistoryError if it cannot be written."""
