@@ -68,7 +68,7 @@ def find_trail(plan: Plan, x0: Tensor, seeds: Sequence[int], photos: PhotoConfig
 def with_photos(plan: Plan, trail: Trail, photos: PhotoConfig) -> Plan:
     """A plan whose anchors are photos: with a guidance of their own, on their trail."""
     images, device = len(plan.token_weights), plan.token_weights.device
-    guidance = torch.full((images, 1, 1, 1), plan.guidance, device=device)
+    guidance = plan.guidance * torch.ones(images, 1, 1, 1, device=device)
     guidance[: plan.anchors] = photos.guidance
     return replace(
         plan, guidance=guidance, follow=trail.follow, anchors_read=photos.anchors_read, align_keys=photos.align_keys
