@@ -6,6 +6,8 @@
 For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to
 draw it in. "setting" and "kind" are the shares of new pictures that show what the prompt asks for; "main", "second"
 (colours) and "pattern" the shares that agree with the photos, which no prompt tells of.
+
+    python bench/photos.py --reconstruct              # do noise maps lead back to the photos?
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from measure import machine
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from consistory import ConsiStory, ConsistoryConfig, Story
+from consistory import ConsiStory, ConsistoryConfig, Story, ddpm
+from consistory.config import PhotoConfig
+from consistory.photos import photo_model
 
 PHOTOS, NEW = 2, 4  # pictures of a subject
 pipe: ConsiStory
@@ -104,16 +108,39 @@ def judge(name: str, steps: int, number: int) -> dict[str, float]:
     return {name: (read[name] == wanted[name]).float().mean().item() for name in wanted}
 
 
+@torch.inference_mode()
+def reconstruct(steps: int, number: int) -> dict[str, float]:
+    """How far sampling with a photo's noise maps ends from it: in latents, and in decibels from their picture."""
+    _, photos, _ = draw_photos(number)
+    recipe = pipe.personalize(list(photos), subject=f"a {SUBJECTS[number % len(SUBJECTS)]}", steps=steps).recipe
+    x0, plan = pipe.encode(photos), pipe.plan(recipe, recipe.prompts)
+    predict = photo_model(plan, PhotoConfig())
+    inversion = ddpm.invert(predict, x0, recipe.seeds, pipe.schedule, steps)
+    again = ddpm.generate(predict, inversion, pipe.schedule, steps)
+    error = pipe.decode(again).astype(float) - pipe.decode(x0)
+    return {
+        "latents": (again - x0).abs().max().item(),
+        "decibels": float(10 * np.log10(255**2 / np.maximum((error**2).mean(axis=(1, 2, 3)), 1e-3)).min()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the subjects out among them")
+    parser.add_argument("--reconstruct", action="store_true", help="that alone; prints the worst picture's figures")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "photos.json")
     args = parser.parse_args()
 
     workers = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare, (args.jobs,))
+    if args.reconstruct:
+        found = list(workers.map(partial(reconstruct, args.steps), range(args.subjects)))
+        print(f"{PHOTOS * len(found)} pictures, {args.steps} steps:",
+              f"latents differ by at most {max(f['latents'] for f in found):.1e},",
+              f"pictures by at least {min(f['decibels'] for f in found):.1f} dB")  # fmt: skip
+        return
     about = {
         "subjects": args.subjects, "photos each": PHOTOS, "new pictures each": NEW, "steps": args.steps,
         **machine("cpu"),

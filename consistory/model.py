@@ -237,14 +237,14 @@ class ConsiStory:
         Raises ConsistoryError if a prompt lacks a concept.
         """
         recipe = subject.recipe
-        plan, x = self._plan(recipe, prompts), latents.to(self.device, torch.float32)
+        plan, x = self.plan(recipe, prompts), latents.to(self.device, torch.float32)
         settings = {
             "model": self.name, "steps": recipe.steps, "guidance": recipe.guidance,
             "negative_prompt": recipe.negative_prompt, "anchors": plan.anchors, "width": recipe.width,
             "height": recipe.height, "dtype": str(self.dtype).removeprefix("torch."), "config": asdict(recipe.config),
         }
         if recipe.photos is not None and subject.photos is not None:
-            x0, alone = subject.photos.to(x), self._plan(recipe, recipe.prompts)
+            x0, alone = subject.photos.to(x), self.plan(recipe, recipe.prompts)
             trail = find_trail(alone, x0, recipe.seeds, recipe.photos)
             plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[plan.anchors :]])
             settings["photos"] = asdict(recipe.photos)
@@ -307,7 +307,8 @@ class ConsiStory:
         )
         return Subject(self, recipe, {}, self.encode(read_photos(images, height, width)))
 
-    def _plan(self, recipe: Recipe, prompts: list[str]) -> Plan:
+    def plan(self, recipe: Recipe, prompts: list[str]) -> Plan:
+        """The plan of pictures with these prompts, the recipe's anchors first."""
         return Plan(
             unet=self.unet, schedule=self.schedule,
             cond=self._conditioning(prompts, recipe.negative_prompt, recipe.height, recipe.width),

@@ -51,18 +51,19 @@ def find_trail(plan: Plan, x0: Tensor, seeds: Sequence[int], photos: PhotoConfig
         latents = ddpm.noised(x0, seeds, schedule, steps, fixed=photos.method == "noise")
         return Trail(latents[0], lambda step, x, output: latents[step + 1])
 
-    alone = replace(plan, guidance=photos.guidance, config=replace(plan.config, sdsa=False, injection=False))
-
-    def predict(x: Tensor, step: int) -> Tensor:
-        return guided_output(alone, State(step, x, []), None)[0]
-
-    inversion = ddpm.invert(predict, x0, seeds, schedule, steps)
+    inversion = ddpm.invert(photo_model(plan, photos), x0, seeds, schedule, steps)
 
     def follow(step: int, x: Tensor, output: Tensor) -> Tensor:
         levels = ddpm.Levels.of(schedule, steps, step)
         return ddpm.step(x, output, inversion.maps[step], levels, schedule.prediction)
 
     return Trail(inversion.start, follow)
+
+
+def photo_model(plan: Plan, photos: PhotoConfig) -> ddpm.Predict:
+    """What photos are inverted with: the plain UNet with guidance, on the images of a plan."""
+    plain = replace(plan, guidance=photos.guidance, config=replace(plan.config, sdsa=False, injection=False))
+    return lambda x, step: guided_output(plain, State(step, x, []), None)[0]
 
 
 def with_photos(plan: Plan, trail: Trail, photos: PhotoConfig) -> Plan:

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, Story, ddpm
-from consistory.photos import fit_photo
-from consistory.story import Plan, State, guided_output
+from consistory.config import PhotoConfig
+from consistory.photos import fit_photo, photo_model
+from consistory.story import Plan
 from consistory.subject import Subject
 
 SETTINGS = ["on the beach", "in the snow", "in space"]
@@ -63,14 +64,9 @@ def test_inversion_reconstructs_sprites() -> None:
     pipe = ConsiStory.from_pretrained("sprites")
     photos = [picture(seed, 64, 64) for seed in (2, 3)]
     subject = pipe.personalize(photos, subject="a cat", steps=6, seed=[4, 9])
-    plan = pipe._plan(subject.recipe, subject.recipe.prompts)
-    plan = replace(plan, guidance=2.0, config=replace(plan.config, sdsa=False))
-
-    def predict(x: Tensor, step: int) -> Tensor:
-        return guided_output(plan, State(step, x, []), None)[0]
-
     assert subject.photos is not None
     with torch.inference_mode():
+        predict = photo_model(pipe.plan(subject.recipe, subject.recipe.prompts), PhotoConfig())
         inversion = ddpm.invert(predict, subject.photos, [4, 9], pipe.schedule, 6)
         again = ddpm.generate(predict, inversion, pipe.schedule, 6)
         torch.testing.assert_close(again, subject.photos, atol=1e-3, rtol=0)
