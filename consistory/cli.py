@@ -60,6 +60,9 @@ examples:
   consistory "a cat" --settings "on the beach" "in the snow" --control sprites left.png right.png
       each picture's silhouette is given: white on black; --control depth.safetensors room.png gives all the same depth
 
+  consistory personalize photo1.jpg photo2.jpg --subject "a cat" --settings "in space" "in a meadow" --out mine
+      the cat of real photos in new pictures
+
 The folder then holds 01.png, 02.png, ..., grid.png with all of them, and story.json, which says how they were made;
 each PNG says it too, in its metadata. Pictures are written as they are finished. If a run is cut short, the same
 command goes on: pictures that are there and were made with the same options are kept."""
@@ -93,6 +96,11 @@ Every set has its folder in --out. What has been drawn is not drawn again, so an
 where it was. The scores go to evaluation.json."""
 
 
+PERSONALIZE = """\
+Draw new pictures of the subject of real photos, without training. One photo is enough; two or more, which show it in
+different places, are better. The photos are the anchors: the new pictures look at the subject in them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 2 for a mistake that the user can mend, 130 if interrupted.
 
@@ -104,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with nullcontext() if first else silence():
         if argv[:1] == ["extend"]:
             args, act = parse_extend(argv[1:]), partial(run, extend)
+        elif argv[:1] == ["personalize"]:
+            args, act = parse_personalize(argv[1:]), partial(run, personalize)
         elif argv[:1] == ["evaluate"]:
             args, act = parse_evaluate(argv[1:]), evaluate
         else:
@@ -174,7 +184,7 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
         observer = {} if trace is None else {"observer": trace}
         story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=album.add, **observer)
         if ranks.rank == 0:
-            if subject_file is not None and not args.record:
+            if subject_file is not None and not getattr(args, "record", False):
                 story.subject.save(subject_file)
             album.finish()
     if trace is None:
@@ -250,6 +260,28 @@ def evaluate(args: argparse.Namespace) -> str:
                 seed=args.seed, steps=args.steps, guidance=args.guidance, anchors=args.anchors, width=args.width,
                 height=args.height, config=method(args), on_step=on_step,
             )  # fmt: skip
+
+
+def personalize(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
+    """Load the model and draw the subject of photos. Raises ConsistoryError as `draw` does."""
+    with told_if_out_of_memory():
+        subject = load(args, ranks).personalize(
+            args.photos,
+            subject=args.subject,
+            concept=args.concept,
+            style=args.style,
+            method=args.method,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            align_keys=args.align_keys,
+            negative_prompt=args.negative,
+            width=args.width,
+            height=args.height,
+            config=method(args),
+        )
+        with progress_bar(args.quiet or ranks.rank > 0) as on_step:
+            return subject.extend(args.settings, chunk=args.chunk, on_step=on_step, **callbacks)
 
 
 @contextmanager
@@ -414,7 +446,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser)
     add_control(parser, "PICTURE [PICTURE ...]: one for each of the story's pictures, or one for all of them")
     add_sampling(parser)
-    add_method(parser)
+    add_anchors(add_method(parser))
     args = parser.parse_args(argv)
     check_control(parser, args)
     if not all(paths for _, *paths in args.control):
@@ -443,7 +475,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
+
+def add_method(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     consistency = parser.add_argument_group("the method")
     preset = consistency.add_mutually_exclusive_group()
     preset.add_argument(
@@ -454,7 +487,6 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--vanilla", dest="preset", action="store_const", const="vanilla",
         help="leave the method out: the same noise, no consistency",
     )
-    consistency.add_argument("--anchors", type=int, metavar="A", help="pictures that the others look at (default: 2)")
     consistency.add_argument(
         "--dropout", type=probability, metavar="P",
         help="probability that a patch of an anchor is hidden from the others at a step: more varies the layout, less "
@@ -468,6 +500,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
         "--freeu", action=argparse.BooleanOptionalAction,
         help="FreeU: stronger structure, less noise in detail (default: off)",
     )
+    return consistency
+
+
+def add_anchors(consistency: argparse._ArgumentGroup) -> None:
+    consistency.add_argument("--anchors", type=int, metavar="A", help="pictures that the others look at (default: 2)")
 
 
 def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
@@ -500,6 +537,59 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `personalize`. Exits with code 2 and one line if they are malformed."""
+    parser = Parser(
+        prog="consistory personalize",
+        usage="consistory personalize PHOTO [PHOTO ...] --subject SUBJECT --settings SETTING [SETTING ...] "
+        "[--out FOLDER] [options]",
+        description=PERSONALIZE,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "photos", metavar="PHOTO", type=Path, nargs="+",
+        help="pictures of the subject, of any size; what does not fit the model's is cut to its centre and resized",
+    )
+    parser.add_argument("--subject", required=True, help='what the photos show, such as "a cat"')
+    parser.add_argument("--settings", metavar="SETTING", nargs="+", required=True, help="one for each new picture")
+    parser.add_argument("--style", default="", help='put before every prompt, such as "a photo of" (default: none)')
+    parser.add_argument(
+        "--concept", action="append",
+        help="word or phrase for what is to stay the same; repeat it for several (default: the subject's noun)",
+    )
+    parser.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
+    output = add_output(parser)
+    output.add_argument(
+        "--save-subject", metavar="FILE", type=Path,
+        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
+    )
+    output.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="draw at most so many new pictures at a time, to save memory (default: all)",
+    )
+    add_model(parser)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--seed", type=int, default=0,
+        help="of the noise: a number, from which the photos and then the new pictures count up (default: 0)",
+    )
+    sampling.add_argument("--steps", type=int, default=100, help="denoising steps (default: 100)")
+    sampling.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the prompt (default: 5)")
+    sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    method = add_method(parser)
+    method.add_argument(
+        "--method", choices=("inversion", "noise"), default="inversion",
+        help="how photos take part: with independent noise at every step, as in an inversion, or with one noise "
+        "(default: inversion)",
+    )
+    method.add_argument(
+        "--align-keys", action=argparse.BooleanOptionalAction, default=True,
+        help="give the photos' attention keys the statistics of those of the new pictures (default: on)",
+    )
+    return parser.parse_args(argv)
+
+
 def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
     """Arguments after `evaluate`. Exits with code 2 and one line if they are malformed."""
     parser = Parser(
@@ -518,7 +608,7 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
     add_output(parser, "evaluation")
     add_model(parser)
     add_sampling(parser)
-    add_method(parser)
+    add_anchors(add_method(parser))
     args = parser.parse_args(argv)
     if len(args.seed) > 1:
         parser.error("--seed takes one number here: the pictures of all sets count up from it")

@@ -223,6 +223,29 @@ class QueryBlend:
 
 
 @dataclass(frozen=True)
+class PhotoConfig:
+    """How real photos take part as anchors (App. E).
+
+    method: "inversion": they follow the noise maps of an edit-friendly DDPM inversion, made from latents noised
+        independently at every step; "noise": at every step they are the photo's latents with one and the same noise.
+    guidance: of the inversion and its reproduction. It plays a part only if photos read each other: otherwise an
+        inversion is reproduced exactly under any guidance.
+    align_keys: AdaIN of the anchors' self-attention keys.
+    anchors_read: whether they read each other.
+    """
+
+    method: str = "inversion"
+    guidance: float = 2.0
+    align_keys: bool = True
+    anchors_read: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConsistoryError for a value out of range."""
+        if self.method not in ("inversion", "noise"):
+            raise ConsistoryError(f'method is {self.method!r}: use "inversion" or "noise"')
+
+
+@dataclass(frozen=True)
 class ConsistoryConfig:
     """The method's settings; the defaults are the published values (paper §4 and App. A).
 

@@ -21,6 +21,10 @@ class Nearest:
     index: Tensor
     distance: Tensor
 
+    def among(self, share: Tensor) -> Nearest:
+        """The same with anchors that an image does not read infinitely far from it. share: bool [N, A]."""
+        return Nearest(self.index, self.distance.masked_fill(~share[..., None], torch.inf))
+
 
 def smooth(features: Tensor) -> Tensor:
     """3x3 Gaussian (sigma 1, zero padding) over each channel of [N, C, h, w]."""

@@ -35,11 +35,12 @@ from .arguments import (
     initial_noise,
     usable_device,
 )
-from .config import ConsistoryConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .config import ConsistoryConfig, PhotoConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .controlnet import Control, check_controls
 from .correspondence import Nearest
 from .images import Choose, OnPicture, every_picture, save_story
 from .offload import on_device
+from .photos import Photo, check_photos, find_trail, read_photos, with_photos
 from .recording import Recorder
 from .story import Observer, OnStep, Plan, tell
 from .subject import Recipe, Subject, fingerprint, identity
@@ -330,27 +331,22 @@ class ConsiStory:
         """
         observer = observer or Observer()
         observer.stage("prompts")
-        recipe = subject.recipe
-        height, width = recipe.height, recipe.width
-        context, pooled = self._contexts(prompts, recipe.negative_prompt, recipe.clip_skip)
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(context), 6)
+        recipe, anchors = subject.recipe, len(subject.recipe.prompts)
+        cond = self._conditioning(prompts, recipe)
+        steering = tuple(control.steering(cond, recipe.steps) for control in controls)
         x = latents.to(self.device, torch.float32)
-        steering = tuple(
-            control.steering(Conditioning(context, pooled, sizes), recipe.steps) for control in controls
-        )
         with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
-            plan = Plan(
-                unet=self.unet, schedule=self.schedule,
-                cond=Conditioning(self.unet.prompt_keys(context), pooled, sizes),
-                token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
-                guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
-                latent_size=self.latent_shape(height, width)[1:], recorded=subject.recorded, recorder=recorder,
-                controls=steering, observer=observer,
+            plan = self.plan(recipe, prompts, cond)
+            plan = replace(
+                plan, recorded=subject.recorded, recorder=recorder, controls=steering, observer=observer
             )
+            if recipe.photos is not None and subject.photos is not None:
+                alone = self.plan(recipe, recipe.prompts, cond.of(range(anchors)))
+                trail = find_trail(alone, subject.photos.to(x), recipe.seeds, recipe.photos)
+                plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[anchors:]])
             told = tell(plan, x, on_step)
             del plan  # its keys and values of the prompts take memory that decoding may need
         if subject.recorded is None:
-            anchors = len(recipe.prompts)
             subject = replace(subject, masks={stride: mask[:anchors] for stride, mask in told.masks.items()})
         chosen = list(places)
         observer.stage("pictures")
@@ -363,6 +359,68 @@ class ConsiStory:
             nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in told.nearest.items()},
             subject=subject,
         )
+
+    def plan(self, recipe: Recipe, prompts: list[str], cond: Conditioning) -> Plan:
+        """The plan of pictures with these prompts, the recipe's anchors first. cond: with token states."""
+        assert isinstance(cond.context, Tensor)
+        return Plan(
+            unet=self.unet, schedule=self.schedule, cond=replace(cond, context=self.unet.prompt_keys(cond.context)),
+            token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
+            guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
+            latent_size=self.latent_shape(recipe.height, recipe.width)[1:],
+        )
+
+    def personalize(
+        self,
+        images: Sequence[Photo],
+        *,
+        subject: str = "",
+        concept: str | Sequence[str] | None = None,
+        style: str = "",
+        prompts: Sequence[str] | None = None,
+        method: str = "inversion",
+        seed: int | Sequence[int] = 0,
+        steps: int = 100,
+        guidance: float = 5.0,
+        photo_guidance: float = 2.0,
+        align_keys: bool = True,
+        anchors_read: bool = False,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        config: ConsistoryConfig | None = None,
+    ) -> Subject:
+        """A subject whose anchors are real photos (App. E); `extend` draws new pictures of it.
+
+        images: photos of the subject, as paths of files or uint8 [H, W, 3] of any size; what does not have the model's
+            size is cut to its centre and resized.
+        subject, style: a photo's prompt is "{style} {subject}"; or give `prompts`, one for each photo.
+        concept: word or phrase for the subject, or several; by default the subject's head noun.
+        method: "inversion" | "noise", photo_guidance, align_keys, anchors_read: see `PhotoConfig`.
+        seed: of the photos' noise.  Other arguments are those of a story.
+
+        Raises ConsistoryError if a photo cannot be read or the arguments do not fit together or do not fit the model.
+        """
+        config = config or ConsistoryConfig()
+        photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
+        check_photos(images)
+        if prompts is None:
+            prompts = compose_prompts(subject, [""] * len(images), style)
+        check_prompts(prompts)
+        if len(prompts) != len(images):
+            raise ConsistoryError(f"{len(prompts)} prompts are given for {len(images)} photos: give one for each")
+        height, width = self._check_size(height, width)
+        for value in (guidance, photo_guidance):
+            check_sampling(steps, self.schedule, value)
+        seeds = expand_seeds(seed, len(images))
+        concepts = self._concepts([concept] if isinstance(concept, str) else concept, subject, config)
+        self.token_weights(list(prompts), concepts)  # every prompt has to contain them
+        recipe = Recipe(
+            prompts=list(prompts), seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
+            guidance=guidance, negative_prompt=negative_prompt, width=width, height=height, next_seed=max(seeds) + 1,
+            config=config, photos=photos,
+        )
+        return Subject(self, recipe, {}, photos=self.encode(read_photos(images, height, width)))
 
     def no_pictures(self, subject: Subject, settings: dict[str, Any]) -> Story:
         """A story that others can be joined to."""
@@ -390,6 +448,15 @@ class ConsiStory:
         (first, _), (second, pooled) = encoded
         return torch.cat([first, second], dim=-1), pooled
 
+    @torch.inference_mode()
+    def encode(self, images: NDArray[np.uint8]) -> Tensor:
+        """Pictures, uint8 [N, H, W, 3] -> latents, float32 [N, 4, h, w] on the CPU: the posterior's means."""
+        dtype = self.vae.quant_conv.weight.dtype
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device, torch.float32) / 127.5 - 1
+        with on_device(self.vae, self.device):
+            means = torch.cat([self.vae.encode(one.to(dtype))[0].float() for one in pixels.split(1)])
+        return (means * self.vae.config.scaling_factor).cpu().contiguous()
+
     def decode(self, latents: Tensor, on_picture: OnPicture = lambda index, image: None) -> NDArray[np.uint8]:
         """Latents [N, 4, h, w] -> pictures, uint8 [N, H, W, 3]; one at a time, since decoding takes much memory.
 
@@ -412,15 +479,17 @@ class ConsiStory:
                 on_picture(index, pictures[-1])
         return np.stack(pictures)
 
-    def _contexts(self, prompts: list[str], negative_prompt: str | None, clip_skip: int) -> tuple[Tensor, Tensor]:
-        """Context and pooled state of 2 N samples: the unconditional half, then the conditional half."""
-        context, pooled = self.encode_prompts(prompts, clip_skip, warn=False)
-        if negative_prompt is None and self.zero_negative:
+    def _conditioning(self, prompts: list[str], recipe: Recipe) -> Conditioning:
+        """Token states and the rest of 2 N samples: the unconditional half, then the conditional half."""
+        context, pooled = self.encode_prompts(prompts, recipe.clip_skip, warn=False)
+        if recipe.negative_prompt is None and self.zero_negative:
             negative = torch.zeros_like(context), torch.zeros_like(pooled)
         else:
-            one_context, one_pooled = self.encode_prompts([negative_prompt or ""])
+            one_context, one_pooled = self.encode_prompts([recipe.negative_prompt or ""])
             negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
-        return torch.cat([negative[0], context]), torch.cat([negative[1], pooled])
+        height, width = recipe.height, recipe.width
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
+        return Conditioning(torch.cat([negative[0], context]), torch.cat([negative[1], pooled]), sizes)
 
     def token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""

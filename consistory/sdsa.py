@@ -38,12 +38,14 @@ class Sharing:
     vanilla: queries to blend in and their weight v (eq. 4), or None.
     regions: {stride: bit sets int32, of queries [N, P] and keys [A, P]}, see `region_bits`: a query reads only those
         kept keys that have a bit in common with it. Empty: it reads all.
+    align_keys: whoever reads an anchor reads its keys with the statistics of its own keys (App. E).
     """
 
     key_masks: dict[int, Tensor]
     share: Tensor
     vanilla: tuple[RecordQueries, float] | None
     regions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    align_keys: bool = False
 
 
 @dataclass
@@ -77,6 +79,12 @@ class Consistent(AttentionControl):
         if self.sharing is None or site.part != "decoder":
             return super().self_attention(q, k, v, site)
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
+        if self.sharing.align_keys:
+            out = aligned_attention(
+                q, k, v, self.sharing.key_masks[site.stride], self.sharing.share,
+                q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
+            )  # fmt: skip
+            return rearrange(out, "g n h p d -> (g n) h p d")
         anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded else (None, None)
         out = extended_attention(
             q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, anchor_k=anchor_k, anchor_v=anchor_v,
@@ -114,3 +122,35 @@ class Consistent(AttentionControl):
         """DIFT features are the first decoder block's output for the conditional images."""
         if index == 0:
             self.dift = x.chunk(2)[1]
+
+
+def align_keys(keys: Tensor, to: Tensor) -> Tensor:
+    """AdaIN (Huang & Belongie 2017) of an anchor's keys: for each head and channel, mean and standard deviation over
+    the patches become those of the keys `to`. Both [..., H, P, d], every patch counted.
+    """
+    std, mean = torch.std_mean(keys, dim=-2, correction=0, keepdim=True)
+    to_std, to_mean = torch.std_mean(to, dim=-2, correction=0, keepdim=True)
+    return (keys - mean) / std * to_std + to_mean
+
+
+def aligned_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, share: Tensor, *, q_blend: tuple[Tensor, float] | None = None,
+    regions: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Extended attention with the anchors' keys aligned to those of the image that reads them. Shapes as there.
+
+    Aligning to each image by itself keeps a picture independent of what else is in its batch.
+    """
+    anchors = len(key_mask)
+
+    def attend(i: int) -> Tensor:
+        own = slice(i, i + 1)
+        blend = q_blend and (q_blend[0][:, own], q_blend[1])
+        bits = regions and (regions[0][own], regions[1])
+        anchor_k = align_keys(k[:, :anchors], to=k[:, own])
+        return extended_attention(
+            q[:, own], k[:, own], v[:, own], key_mask, share[own], anchor_k=anchor_k, anchor_v=v[:, :anchors],
+            q_blend=blend, regions=bits,
+        )  # fmt: skip
+
+    return torch.cat([attend(i) for i in range(q.shape[1])], dim=1)

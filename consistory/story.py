@@ -26,6 +26,8 @@ from .sdsa import Consistent, RecordQueries, Sharing
 from .unet import Conditioning, UNet
 
 Masks = dict[int, Tensor]  # {latent stride: bool [N, P]}
+# A step, the anchors' latents before it and the model's guided output [A, 4, h, w] -> their latents after it.
+Follow = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Observer:
@@ -47,11 +49,14 @@ class Plan:
     """Everything that stays the same while a story is told.
 
     cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
+    guidance: one for all images, or one each, [N, 1, 1, 1].
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
     recorded: the A anchors if they were drawn before; then none of the N images is one.
     recorder: writes down what later images will need of the anchors.
     controls: ControlNets, whose residuals go to the consistent and to the vanilla call alike.
     observer: told of everything that happens; changes nothing.
+    follow: where the anchors go next, if they are photos that DDIM must not lead away from (App. E).
+    anchors_read: whether anchors read each other; photos do not.  align_keys: see `Sharing`.
     """
 
     unet: UNet
@@ -60,7 +65,7 @@ class Plan:
     token_weights: Tensor
     config: ConsistoryConfig
     steps: int
-    guidance: float
+    guidance: float | Tensor
     anchors: int
     seed: int
     latent_size: Size
@@ -68,6 +73,9 @@ class Plan:
     recorder: Recorder | None = None
     controls: tuple[Steering, ...] = ()
     observer: Observer = field(default_factory=Observer)
+    follow: Follow | None = None
+    anchors_read: bool = True
+    align_keys: bool = False
 
     @cached_property
     def timesteps(self) -> list[int]:
@@ -95,7 +103,9 @@ class Plan:
         n, device = len(self.token_weights), self.token_weights.device
         if self.recorded is not None:
             return torch.ones(n, self.anchors, dtype=torch.bool, device=device)
-        return ~torch.eye(n, self.anchors, dtype=torch.bool, device=device)
+        share = ~torch.eye(n, self.anchors, dtype=torch.bool, device=device)
+        share[: self.anchors] &= self.anchors_read
+        return share
 
     @cached_property
     def kept_keys(self) -> dict[int, Tensor]:
@@ -180,6 +190,9 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
         output, control = guided_output(plan, state, active, call=(1 if injection is None else 2, state.step))
         alpha_bar_next = ddim.alpha_bar_after(plan.schedule, plan.steps, t)
         x = ddim.step(state.x, output, alpha_bars[t], alpha_bar_next, plan.schedule.prediction)
+        if plan.follow is not None:
+            anchors = plan.follow(state.step, state.x[: plan.anchors], output[: plan.anchors])
+            x = torch.cat([anchors, x[plan.anchors :]])
         cross_maps = state.cross_maps
         if control.cross_maps:
             history = plan.config.mask_history or plan.steps
@@ -224,7 +237,9 @@ def plan_sharing(plan: Plan, state: State, recorded: RecordedCall | None) -> Sha
     weight = blend_weight(plan.config, state.step, plan.steps)
     vanilla = None if weight is None else (state.vanilla, weight)
     bits = {s: region_bits(r) for s, r in regions.items()} if plan.config.separate_subjects else {}
-    return Sharing(key_masks, plan.share, vanilla, {s: (b, b[: plan.anchors]) for s, b in bits.items()})
+    return Sharing(
+        key_masks, plan.share, vanilla, {s: (b, b[: plan.anchors]) for s, b in bits.items()}, plan.align_keys
+    )
 
 
 def correspondences(plan: Plan, dift: Tensor, regions: dict[int, Tensor]) -> dict[int, Nearest]:
@@ -233,7 +248,8 @@ def correspondences(plan: Plan, dift: Tensor, regions: dict[int, Tensor]) -> dic
         plan.recorder.subject(dift[: plan.anchors], {s: r[: plan.anchors].any(dim=1) for s, r in regions.items()})
     dift = smooth(dift.float())
     if plan.recorded is None:
-        return {s: nearest_in_regions(dift, size, regions[s], plan.anchors) for s, size in plan.sizes.items()}
+        found = {s: nearest_in_regions(dift, size, regions[s], plan.anchors) for s, size in plan.sizes.items()}
+        return {s: nearest.among(plan.share) for s, nearest in found.items()}
     anchor_dift, masks = smooth(plan.recorded.dift.float()), plan.recorded.masks
     return {s: nearest_patches(dift, size, masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()}
 

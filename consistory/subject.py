@@ -31,7 +31,7 @@ from .arguments import (
     expand_seeds,
     initial_noise,
 )
-from .config import ConsistoryConfig
+from .config import ConsistoryConfig, PhotoConfig
 from .controlnet import Control, ControlNet, check_controls
 from .images import Choose, OnPicture, describe, every_picture
 from .recording import Recorded, Recorder, most_tensors
@@ -50,6 +50,7 @@ class Recipe:
 
     subject, style: words that new prompts are composed of; empty if whole prompts were given.
     next_seed: the default for the first new picture, so that pictures made one after the other all differ.
+    photos: how they take part, if the anchors are real photos; the seeds are those of their noise.
     """
 
     prompts: list[str]
@@ -65,16 +66,18 @@ class Recipe:
     next_seed: int
     config: ConsistoryConfig
     clip_skip: int = 0
+    photos: PhotoConfig | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
     """Anchors and the model that drew them.
 
-    masks: {stride: bool [A, P]} where the subject is in the anchors.
+    masks: {stride: bool [A, P]} where the subject is in the anchors; photos have none before pictures are drawn.
     latents: [A, 4, h, w] their noise, if it was given outright and not by their seeds.
     recorded: what other pictures need of the anchors, if it was recorded; without it the anchors are run again.
     controls: what steered the anchors.
+    photos: [A, 4, h, w] their latents, if the anchors are photos.
     """
 
     pipe: ConsiStory
@@ -83,6 +86,7 @@ class Subject:
     latents: Tensor | None = None
     recorded: Recorded | None = None
     controls: Sequence[Control] = ()
+    photos: Tensor | None = None
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
@@ -170,15 +174,17 @@ class Subject:
         """How the subject's pictures are made, as JSON would hold it."""
         pipe, recipe = self.pipe, self.recipe
         outright = [noise for noise in (self.latents, given) if noise is not None]
-        digest = hashlib.sha256(b"".join(noise.float().cpu().numpy().tobytes() for noise in outright)).hexdigest()
+        photos = None
+        if recipe.photos is not None and self.photos is not None:
+            photos = {**asdict(recipe.photos), "latents": digest(self.photos)}
         return {
             "model": pipe.name, "vae": pipe.other_vae, "loras": [[str(file.path), file.weight] for file in pipe.loras],
             "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
             "clip_skip": recipe.clip_skip, "anchors": len(recipe.prompts), "width": recipe.width,
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
-            "fingerprint": pipe.fingerprint, "latents": digest if outright else None,
+            "fingerprint": pipe.fingerprint, "latents": digest(*outright) if outright else None,
             "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
-            "controls": [control.settings() for control in controls],
+            "controls": [control.settings() for control in controls], "photos": photos,
         }
 
     def _noise(self) -> Tensor:
@@ -216,10 +222,12 @@ class Subject:
     def recording(self, path: str | Path) -> Iterator[Recorder]:
         """For a story to write to while the anchors are drawn. The file is there once it is whole.
 
-        Raises ConsistoryError if it cannot be written, or if subjects are separate, which a recording does not tell.
+        Raises ConsistoryError if it cannot be written, or does not suit the subject: separate subjects, photos.
         """
         if self.recipe.config.separate_subjects:
             raise ConsistoryError("a recording does not keep subjects separate: keep the subject as a recipe instead")
+        if self.photos is not None:
+            raise ConsistoryError("photos are not recorded: keep the subject as a recipe instead")
         with self._file(path, "recording", most_tensors(self.pipe.unet, self.recipe.steps)) as file:
             yield Recorder(file)
 
@@ -234,9 +242,11 @@ class Subject:
             "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)), "model": identity(self.pipe),
             "controls": json.dumps(controls),
         }
-        with TensorFile(path, metadata, tensors + 1 + len(controls)) as file:
+        with TensorFile(path, metadata, tensors + 2 + len(controls)) as file:
             if self.latents is not None:
                 file.write("latents", self.latents.float())
+            if self.photos is not None:
+                file.write("photos", self.photos)
             for number, control in enumerate(self.controls):
                 file.write(f"controls.{number}", torch.from_numpy(np.stack(control.images)))
             yield file
@@ -263,12 +273,15 @@ class Subject:
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")
         with safe_open(path, "pt") as file:
-            kept = [key for key in file.keys() if key.startswith(("latents", "controls.", "masks."))]  # noqa: SIM118
+            kept = [key for key in file.keys() if key.startswith(("latents", "photos", "controls.", "masks."))]  # noqa: SIM118
             tensors = {key: file.get_tensor(key) for key in kept}
         latents = tensors.get("latents")
         masks = {int(key.removeprefix("masks.")): mask for key, mask in tensors.items() if key.startswith("masks.")}
         recipe = json.loads(metadata["recipe"])
-        recipe = Recipe(**{**recipe, "config": ConsistoryConfig.from_dict(recipe["config"])})
+        recipe["config"] = ConsistoryConfig.from_dict(recipe["config"])
+        if recipe["photos"] is not None:
+            recipe["photos"] = PhotoConfig(**recipe["photos"])
+        recipe = Recipe(**recipe)
         if metadata["grade"] == "recording":
             return cls(pipe, recipe, masks, latents, Recorded(path, pipe.unet))
         loaded = {fingerprint(net): net for net in nets}
@@ -276,7 +289,7 @@ class Subject:
         for number, control in enumerate(json.loads(metadata["controls"])):
             net = find_net(path, control.pop("net"), control.pop("fingerprint"), loaded, pipe)
             controls.append(Control(net=net, images=list(tensors[f"controls.{number}"].numpy()), **control))
-        return cls(pipe, recipe, masks, latents, None, controls)
+        return cls(pipe, recipe, masks, latents, None, controls, tensors.get("photos"))
 
 
 def find_net(
@@ -292,6 +305,10 @@ def find_net(
     if wanted not in loaded:
         raise ConsistoryError(f"{path} was drawn with another ControlNet {name} than is there now: give the one it was")
     return loaded[wanted]
+
+
+def digest(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(x.float().cpu().numpy().tobytes() for x in tensors)).hexdigest()
 
 
 def split(chosen: list[int], anchors: int, chunk: int | None) -> list[list[int]]:

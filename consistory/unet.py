@@ -7,7 +7,7 @@ decoder only: so the halves are separate. Parameter names are those of diffusers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -33,6 +33,13 @@ class Conditioning:
     context: Prompt
     pooled: Tensor
     sizes: Tensor
+
+    def of(self, images: Sequence[int]) -> Conditioning:
+        """That of some of N images, whose 2 N samples are the unconditional half, then the conditional half."""
+        assert isinstance(self.context, Tensor)
+        n = len(self.pooled) // 2
+        both = [*images, *(n + i for i in images)]
+        return Conditioning(self.context[both], self.pooled[both], self.sizes[both])
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,45 @@ def test_recording_needs_a_file(tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def photo(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
+    colours = np.random.default_rng(sum(size)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize(size).save(path)
+    return path
+
+
+def test_photos_become_a_subject(tmp_path: Path, capsys: Capture) -> None:
+    """New pictures of it now, and later; what is done to a photo is told."""
+    photos = [photo(tmp_path / "one.png"), photo(tmp_path / "two.jpg", (300, 200))]
+    kept, settings = tmp_path / "cat.safetensors", ["--settings", "in space", "in a meadow"]
+    options = ["--subject", "a cat", "--steps", "3", "--out", tmp_path / "first", "--save-subject", kept]
+    assert command("personalize", *photos, *settings, *options) == 0
+    assert sorted(contents(tmp_path / "first")) == ["01.png", "02.png", "grid.png", "story.json"]
+    record = json.loads((tmp_path / "first" / "story.json").read_text("utf-8"))
+    assert record["prompts"] == ["a cat in space", "a cat in a meadow"] and record["photos"]["method"] == "inversion"
+    shown = capsys.readouterr().err
+    assert "two.jpg, 300x200 pixels, is cut to its centre of 200x200" in shown and "one.png" not in shown
+
+    assert command("extend", kept, *settings, "--seed", "2", "--out", tmp_path / "again") == 0
+    for name in ("01.png", "02.png"):
+        first, again = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("first", "again"))
+        assert np.abs(first - again).max() <= 1
+
+
+@pytest.mark.parametrize("name, content", [("none.png", None), ("text.png", b"a text")], ids=["missing", "a text"])
+def test_what_is_no_photo_is_refused(tmp_path: Path, capsys: Capture, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    arguments = [tmp_path / name, "--subject", "a cat", "--settings", "in space", "--out", tmp_path / "out"]
+    assert command("personalize", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("consistory: error:") and name in shown and shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # Of a record, what is no argument of the call.
 OTHER_FACTS = {
     "version", "model", "vae", "loras", "fingerprint", "dtype", "seeds", "anchor_prompts", "anchor_seeds", "files",
-    "grid",
+    "grid", "photos",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from consistory.attention import AttentionControl, Site
 from consistory.injection import Injection
-from consistory.sdsa import Consistent, RecordQueries, Sharing
+from consistory.sdsa import Consistent, RecordQueries, Sharing, align_keys
 
 IMAGES, ANCHORS, HEADS, WIDTH = 4, 2, 2, 16
 PATCHES = {2: 24, 4: 6}  # by stride
@@ -267,3 +267,38 @@ def test_dift_is_the_conditional_half_of_the_first_decoder_block() -> None:
         control.decoder_features(features, index)
     assert control.dift is not None
     assert torch.equal(control.dift, blocks[0][IMAGES:])
+
+
+# --- photos as anchors (App. E) ---------------------------------------------------------------------------------------
+
+
+def test_aligned_keys_have_the_readers_statistics_and_the_anchors_pattern() -> None:
+    keys, to = 3 * randn(2, HEADS, 50, WIDTH, seed=1) + 5, randn(2, HEADS, 40, WIDTH, seed=2) - 1
+    aligned = align_keys(keys, to)
+    for sample in range(2):
+        for head in range(HEADS):
+            for channel in range(WIDTH):
+                k, t, a = (x[sample, head, :, channel].numpy() for x in (keys, to, aligned))
+                expected = (k - k.mean()) / k.std() * t.std() + t.mean()
+                torch.testing.assert_close(torch.tensor(a), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_an_anchor_is_read_with_keys_aligned_to_the_readers() -> None:
+    """Each in its own half, with or without blended queries; who reads nobody is not changed."""
+    q, k, v = self_inputs(2)
+    share = torch.ones(IMAGES, ANCHORS, dtype=torch.bool)
+    share[:ANCHORS] = False
+    recorder = RecordQueries()
+    vanilla = self_inputs(2, seed=5)
+    recorder.self_attention(*vanilla, FINE)
+    out = consistent(Sharing(key_masks(), share, (recorder, 0.25), align_keys=True)).self_attention(q, k, v, FINE)
+    q = 0.75 * q + 0.25 * vanilla[0]
+    for half in range(2):
+        for i in range(IMAGES):
+            row, keys, values = half * IMAGES + i, [], []
+            for j in range(ANCHORS if i >= ANCHORS else 0):
+                anchor, kept = half * IMAGES + j, key_masks()[2][j]
+                keys.append(align_keys(k[anchor], to=k[row])[:, kept])
+                values.append(v[anchor][:, kept])
+            expected = attend(q[row], torch.cat([k[row], *keys], dim=1), torch.cat([v[row], *values], dim=1))
+            assert relative_error(out[row], expected) <= 5e-6

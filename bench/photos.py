@@ -1,0 +1,165 @@
+"""Do new pictures keep the subject of two photos? Rendered photos of new subjects, on `sprites`, judged by the oracle.
+
+    python bench/photos.py                            # 20 subjects -> bench/results/photos.json
+    python bench/photos.py --subjects 4 --steps 25    # a quick look
+
+For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to
+draw it in. "setting" and "kind" are the shares of new pictures that show what the prompt asks for; "main", "second"
+(colours) and "pattern" the shares that agree with the photos, which no prompt tells of.
+
+    python bench/photos.py --reconstruct              # do noise maps lead back to the photos?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, render, sample_scenes
+from measure import machine
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from consistory import ConsiStory, ConsistoryConfig, Story, ddpm
+from consistory.config import PhotoConfig
+from consistory.photos import photo_model
+
+PHOTOS, NEW = 2, 4  # pictures of a subject
+pipe: ConsiStory
+oracle: Oracle
+
+
+def draw_photos(number: int) -> tuple[Scenes, NDArray[np.uint8], list[str]]:
+    """A subject, the same in every run: its scenes, the photos uint8 [2, 64, 64, 3] and the new settings."""
+    generator = torch.Generator().manual_seed(70_000 + number)
+    scenes = sample_scenes(PHOTOS, generator, second_subject=0)
+    settings = torch.randperm(len(SETTINGS), generator=generator)[: PHOTOS + NEW].tolist()
+    for name in ("subject", "main", "second", "pattern"):
+        getattr(scenes, name)[:] = getattr(scenes, name)[0].clone()
+    scenes.subject[:] = number % len(SUBJECTS)
+    scenes.setting[:] = torch.tensor(settings[:PHOTOS])
+    images, _ = render(scenes)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return scenes, pixels, [SETTINGS[i] for i in settings[PHOTOS:]]
+
+
+def personalized(**options: Any) -> Callable[[int, int], Story]:
+    """New pictures of a numbered subject in so many steps, with these options of `ConsiStory.personalize`."""
+
+    def tell(number: int, steps: int) -> Story:
+        _, photos, settings = draw_photos(number)
+        kind = SUBJECTS[number % len(SUBJECTS)]
+        subject = pipe.personalize(
+            list(photos), subject=f"a {kind}", concept=kind, seed=1000 * number, steps=steps, **options
+        )
+        return subject.extend(settings)
+
+    return tell
+
+
+def vanilla(number: int, steps: int) -> Story:
+    """The same prompts and noise without the photos."""
+    *_, settings = draw_photos(number)
+    return pipe(
+        subject=f"a {SUBJECTS[number % len(SUBJECTS)]}", settings=settings, seed=1000 * number + PHOTOS, steps=steps,
+        config=ConsistoryConfig.vanilla(),
+    )  # fmt: skip
+
+
+WAYS: dict[str, Callable[[int, int], Story]] = {
+    "vanilla": vanilla,
+    "inversion": personalized(),
+    "no AdaIN": personalized(align_keys=False),
+    "photos read each other": personalized(anchors_read=True),
+    "noise": personalized(method="noise"),
+    "no injection": personalized(config=replace(ConsistoryConfig(), injection=False)),
+    "no dropout": personalized(config=replace(ConsistoryConfig(), dropout=0.0)),
+}
+
+
+def prepare(jobs: int) -> None:
+    """What every process holds. Several of them share the cores."""
+    global pipe, oracle
+    if jobs > 1:
+        torch.set_num_threads(1)
+    pipe = ConsiStory.from_pretrained("sprites")
+    oracle = Oracle.load()
+
+
+def judge(name: str, steps: int, number: int) -> dict[str, float]:
+    """Scores of one subject: shares of its new pictures."""
+    scenes, _, settings = draw_photos(number)
+    reading = oracle.read(WAYS[name](number, steps).images)
+    wanted = {
+        "setting": torch.tensor([SETTINGS.index(setting) for setting in settings]),
+        "kind": scenes.subject[0], "main": scenes.main[0], "second": scenes.second[0], "pattern": scenes.pattern[0],
+    }  # fmt: skip
+    read = {name: getattr(reading, {"kind": "subject"}.get(name, name)) for name in wanted}
+    return {name: (read[name] == wanted[name]).float().mean().item() for name in wanted}
+
+
+@torch.inference_mode()
+def reconstruct(steps: int, number: int) -> dict[str, float]:
+    """How far sampling with a photo's noise maps ends from it: in latents, and in decibels from their picture."""
+    _, photos, _ = draw_photos(number)
+    recipe = pipe.personalize(list(photos), subject=f"a {SUBJECTS[number % len(SUBJECTS)]}", steps=steps).recipe
+    x0, plan = pipe.encode(photos), pipe.plan(recipe, recipe.prompts)
+    predict = photo_model(plan, PhotoConfig())
+    inversion = ddpm.invert(predict, x0, recipe.seeds, pipe.schedule, steps)
+    again = ddpm.generate(predict, inversion, pipe.schedule, steps)
+    error = pipe.decode(again).astype(float) - pipe.decode(x0)
+    return {
+        "latents": (again - x0).abs().max().item(),
+        "decibels": float(10 * np.log10(255**2 / np.maximum((error**2).mean(axis=(1, 2, 3)), 1e-3)).min()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the subjects out among them")
+    parser.add_argument("--reconstruct", action="store_true", help="that alone; prints the worst picture's figures")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "photos.json")
+    args = parser.parse_args()
+
+    workers = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare, (args.jobs,))
+    if args.reconstruct:
+        found = list(workers.map(partial(reconstruct, args.steps), range(args.subjects)))
+        print(f"{PHOTOS * len(found)} pictures, {args.steps} steps:",
+              f"latents differ by at most {max(f['latents'] for f in found):.1e},",
+              f"pictures by at least {min(f['decibels'] for f in found):.1f} dB")  # fmt: skip
+        return
+    about = {
+        "subjects": args.subjects, "photos each": PHOTOS, "new pictures each": NEW, "steps": args.steps,
+        **machine("cpu"),
+    }  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    for name in args.ways:
+        judged = workers.map(partial(judge, name, args.steps), range(args.subjects))
+        scores = list(tqdm(judged, desc=name, total=args.subjects, leave=False))
+        rows[name] = {
+            score: {
+                "mean": float(np.mean([s[score] for s in scores])),
+                "standard error": float(np.std([s[score] for s in scores], ddof=1) / len(scores) ** 0.5),
+            }
+            for score in scores[0]
+        }
+        cells = [f"{score} {100 * v['mean']:.1f} ± {100 * v['standard error']:.1f}" for score, v in rows[name].items()]
+        print(f"{name:22}", " | ".join(cells), flush=True)
+        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
