@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = torchrun_rank() in (None, 0)
+    act: Callable[[argparse.Namespace], str]
     with nullcontext() if first else silence():
         if argv[:1] == ["extend"]:
             args, act = parse_extend(argv[1:]), partial(run, extend)

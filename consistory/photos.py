@@ -63,7 +63,7 @@ def find_trail(plan: Plan, x0: Tensor, seeds: Sequence[int], photos: PhotoConfig
 def photo_model(plan: Plan, photos: PhotoConfig) -> ddpm.Predict:
     """What photos are inverted with: the plain UNet with guidance, on the images of a plan."""
     plain = replace(plan, guidance=photos.guidance, config=replace(plan.config, sdsa=False, injection=False))
-    return lambda x, step: guided_output(plain, State(step, x, []), None)[0]
+    return lambda x, step: guided_output(plain, State(step, x, []), None, call=(1, step))[0]
 
 
 def with_photos(plan: Plan, trail: Trail, photos: PhotoConfig) -> Plan:

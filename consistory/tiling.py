@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import ResBlock
-from .vae import VAE
+from .vae import VAE, Stage
 
 MapToMap = Callable[[Tensor], Tensor]  # [1, C, h, w] -> [1, C', h', w']
 
@@ -42,6 +42,7 @@ def tiled_decode(vae: VAE, z: Tensor, tile: int) -> Tensor:
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
     upsample: MapToMap | None = None
     for stage in decoder.up_blocks:
+        assert isinstance(stage, Stage)
         for block in stage.resnets:
             x = tiled_block(block, upsample, x, tile)
             upsample = None
