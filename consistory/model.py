@@ -360,8 +360,9 @@ class ConsiStory:
             subject=subject,
         )
 
-    def plan(self, recipe: Recipe, prompts: list[str], cond: Conditioning) -> Plan:
-        """The plan of pictures with these prompts, the recipe's anchors first. cond: with token states."""
+    def plan(self, recipe: Recipe, prompts: list[str], cond: Conditioning | None = None) -> Plan:
+        """The plan of pictures with these prompts, the recipe's anchors first. cond: theirs, by default made here."""
+        cond = cond or self._conditioning(prompts, recipe)
         assert isinstance(cond.context, Tensor)
         return Plan(
             unet=self.unet, schedule=self.schedule, cond=replace(cond, context=self.unet.prompt_keys(cond.context)),

@@ -18,7 +18,8 @@ from torch import Tensor
 from consistory.weights.errors import ConsistoryError
 
 DTYPES = {
-    torch.bool: "BOOL", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"
+    torch.bool: "BOOL", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+    torch.float64: "F64",
 }  # fmt: skip
 ENTRY = 192  # bytes of the header that one tensor takes at most: its name, shape and place
 BLOCK = 2**22  # bytes that are read at a time

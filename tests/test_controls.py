@@ -109,8 +109,9 @@ def test_every_call_gets_the_residuals(unet: UNet, preset: str) -> None:  # noqa
     randomise(net, 5)
     for parameter in (*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()):
         parameter.mul_(0.2)
-    hint = net.hint(torch.rand(6, 3, 16, 24, generator=torch.Generator().manual_seed(1)))
-    steered = SteeredUNet(unet.config).eval()
+    net.double()  # as the UNet is
+    hint = net.hint(torch.rand(6, 3, 16, 24, generator=torch.Generator().manual_seed(1)).double())
+    steered = SteeredUNet(unet.config).eval().double()
     steered.load_state_dict(unet.state_dict())
     steered.steer(net, plan.cond, hint, 0.6)
 

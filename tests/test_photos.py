@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, Story, ddpm
 from consistory.config import PhotoConfig
+from consistory.images import every_picture
 from consistory.photos import fit_photo, photo_model
 from consistory.story import Plan
 from consistory.subject import Subject
@@ -54,7 +55,10 @@ def with_anchors(subject: Subject, settings: list[str], latents: Tensor | None =
     """A story with its photos, as `extend` draws it before it leaves them out."""
     prompts = [*subject.recipe.prompts, *(f"a cute dog {setting}" for setting in settings)]
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    return subject.pipe.draw(subject, prompts, list(range(len(prompts))), noise)
+    return subject.draw(
+        prompts, list(range(len(prompts))), noise, given=None, controls=(), chunk=None,
+        on_step=lambda done, total: None, choose=every_picture, on_picture=lambda index, image: None,
+    )  # fmt: skip
 
 
 # --- inversion --------------------------------------------------------------------------------------------------------
