@@ -27,9 +27,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 
 import torch
@@ -41,7 +41,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from consistory import ConsiStory, ConsistoryConfig, QueryBlend, model
 from consistory.config import TextConfig, UNetConfig, VAEConfig
@@ -112,6 +112,31 @@ class AllocatorMeter:
         self.peaks[phase] = max(self.peaks[phase], torch.cuda.max_memory_allocated())
 
 
+@cache
+def is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
+def makes_only(func: Any) -> bool:
+    """Whether an operation returns new tensors only: neither views nor what it has changed."""
+    returns = func._schema.returns
+    return bool(returns) and all(str(each.type) == "Tensor" and each.alias_info is None for each in returns)
+
+
+class Layout(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+
+
+def layout(x: Tensor) -> Layout:
+    return Layout(x.shape, x.stride(), x.dtype)
+
+
 class TensorMeter(TorchDispatchMode):
     """Counts the storages that live on one kind of device, from the operations that make them."""
 
@@ -123,19 +148,34 @@ class TensorMeter(TorchDispatchMode):
         self.phase = "before"
         self.peaks: dict[str, int] = defaultdict(int)
         self.places: dict[str, str] = {}
+        self.layouts: dict[Any, Any] = {}
         self.running: list[str] = []  # modules, the innermost last
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True  # the only values that a story asks for: is everything finite?
-        with self:  # what a composite operation makes on its way counts, too
-            result = func.decompose(*args, **(kwargs or {}))
-        if result is NotImplemented:
-            result = func(*args, **(kwargs or {}))
+        if is_composite(func):
+            with self:  # what it makes on its way counts, too
+                return func.decompose(*args, **(kwargs or {}))
+        result = self.repeated(func, args, kwargs or {}) if makes_only(func) else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
         return result
+
+    def repeated(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Of a story's operations on "meta", most come again and again, and working out a shape is slow."""
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors or not all(x.is_meta for x in tensors):
+            return func(*args, **kwargs)
+        key = func, structure, *(layout(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+        if key not in self.layouts:
+            result = func(*args, **kwargs)
+            self.layouts[key] = tree_map(layout, result)
+            return result
+        made = self.layouts[key]
+        return made.empty() if isinstance(made, Layout) else type(made)(each.empty() for each in made)
 
     def add(self, x: Tensor) -> None:
         storage = x.untyped_storage()
