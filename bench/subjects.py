@@ -8,9 +8,14 @@ side by side, so the halves of a picture are given to the oracle one at a time; 
 which half is which subject. Shares of pictures, or of pairs of pictures of a set:
 
 kinds, setting        pictures whose two halves show the two kinds asked for, in either order; that show the setting
-main, second, pattern agreement of pairs of pictures, each subject with itself
-crossed               pairs of pictures where one subject has the other's main colour of the other picture
+main, second, pattern pairs of pictures that agree in it, each subject with itself
+crossed               pairs of pictures where one subject has the main colour that the other has in the other picture
 alike                 pictures whose two subjects have one main colour
+overlap               patches in both concepts' masks, of those in either
+located               pictures where each concept's attention leans to its own subject
+
+"halves" means masks as they should be: the subject mask, cut in the middle, each side the concept that plain SDXL draws
+there from the same noise. It tells what becomes of separate subjects where cross-attention tells them apart.
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from pathlib import Path
 from unittest.mock import patch
@@ -35,27 +40,59 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from consistory import ConsiStory, ConsistoryConfig, story
+from consistory import ConsiStory, ConsistoryConfig, masks, story
+from consistory.masks import Size
 
 IMAGES = 4
 ATTRIBUTES = ("main", "second", "pattern")
 SEPARATE = ConsistoryConfig(separate_subjects=True)
-
-
-def background_reads_nothing() -> AbstractContextManager[object]:
-    """What `region_bits` might also do: patches of no concept read no anchor, instead of all that is shared."""
-    region_bits = story.region_bits
-    return patch.object(story, "region_bits", lambda regions: region_bits(regions) * regions.any(dim=1))
-
-
-CONFIGS: dict[str, tuple[ConsistoryConfig, Callable[[], AbstractContextManager[object]]]] = {
-    "vanilla": (ConsistoryConfig.vanilla(), nullcontext),
-    "union": (ConsistoryConfig(), nullcontext),
-    "separate": (SEPARATE, nullcontext),
-    "separate, background reads nothing": (SEPARATE, background_reads_nothing),
-    "separate, no injection": (replace(SEPARATE, injection=False), nullcontext),
-    "union, no injection": (ConsistoryConfig(injection=False), nullcontext),
+CONFIGS = {
+    "vanilla": ConsistoryConfig.vanilla(),
+    "union": ConsistoryConfig(),
+    "separate": SEPARATE,
+    "separate, halves": SEPARATE,
+    "separate, halves, background reads nothing": SEPARATE,
 }
+Maps = tuple[Tensor, Size]  # cross-attention [N, P, K], and height and width of its P patches
+
+
+@dataclass
+class Watch:
+    """Stands in for `concept_masks`: keeps what it is given last, and cuts the masks in halves where sides are known.
+
+    right: bool [N], is the first concept on the right? Or None.
+    """
+
+    right: Tensor | None
+    maps: Maps | None = None
+
+    def __call__(self, cross_map: Tensor, size: Size, sizes: dict[int, Size]) -> dict[int, Tensor]:
+        self.maps = cross_map, size
+        found = masks.concept_masks(cross_map, size, sizes)
+        if self.right is None:
+            return found
+        return {s: mask.any(dim=1, keepdim=True) & sides(self.right, sizes[s]) for s, mask in found.items()}
+
+
+@contextmanager
+def conditions(name: str, right: Tensor | None) -> Iterator[Watch]:
+    """What the configuration alone does not say."""
+    watch = Watch(right if "halves" in name else None)
+
+    def read_nothing(regions: Tensor) -> Tensor:
+        """Bits as always, but none in place of all where a patch is of no concept."""
+        return masks.region_bits(regions) * regions.any(dim=1)
+
+    bits = read_nothing if "nothing" in name else masks.region_bits
+    with patch.object(story, "concept_masks", watch), patch.object(story, "region_bits", bits):
+        yield watch
+
+
+def sides(right: Tensor, size: Size) -> Tensor:
+    """bool [N, 2, P]: the half of a picture where each of two concepts is."""
+    on_right = (torch.arange(size[1]) >= size[1] / 2).expand(size).flatten()
+    first = on_right == right[:, None]
+    return torch.stack([first, ~first], dim=1)
 
 
 def draw_set(number: int) -> tuple[list[str], list[str]]:
@@ -92,14 +129,20 @@ def reading_accuracy(oracle: Oracle, scenes: int = 500) -> dict[str, float]:
     return scores
 
 
-def judge(pipe: ConsiStory, oracle: Oracle, name: str, steps: int, number: int) -> dict[str, float]:
+def judge_maps(maps: Maps, right: Tensor) -> dict[str, float]:
+    """How far the concepts' masks, as cross-attention gives them, tell the subjects apart."""
+    cross_map, size = maps
+    found = masks.concept_masks(cross_map, size, {0: size})[0]
+    lean = (cross_map[..., 0] / cross_map[..., 1]).log()  # [N, P]
+    first, second = (sides(right, size) & found.any(dim=1, keepdim=True)).unbind(dim=1)
+    own, other = ((lean * where).sum(dim=1) / where.sum(dim=1) for where in (first, second))
+    overlap = found.all(dim=1).sum(dim=1) / found.any(dim=1).sum(dim=1)
+    return {"overlap": overlap.mean().item(), "located": (own > other).float().mean().item()}
+
+
+def judge(images: NDArray[np.uint8], maps: Maps | None, oracle: Oracle, number: int) -> tuple[dict[str, float], Tensor]:
+    """Scores of one set, and in which pictures its first subject is on the right."""
     subjects, settings = draw_set(number)
-    config, changed = CONFIGS[name]
-    with changed():
-        images = pipe(
-            subject=" and ".join(f"a {subject}" for subject in subjects), settings=settings, concepts=subjects,
-            seed=1000 * number, steps=steps, config=config,
-        ).images  # fmt: skip
     kinds = torch.tensor([SUBJECTS.index(subject) for subject in subjects])
     halves = read_halves(oracle, images)
     right = swapped(halves, kinds)
@@ -115,18 +158,29 @@ def judge(pipe: ConsiStory, oracle: Oracle, name: str, steps: int, number: int) 
 
     found, main = each("subject"), each("main")
     wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
-    return {
+    scores = {
         "kinds": float(np.mean([pair == tuple(kinds.tolist()) for pair in zip(*found, strict=True)])),
         "setting": (oracle.read(images).setting == wanted).float().mean().item(),
         **{attribute: agreement(each(attribute)) for attribute in ATTRIBUTES},
         "crossed": float(np.mean([main[0][i] == main[1][j] for i, j in permutations(range(IMAGES), 2)])),
         "alike": float(np.mean([one == other for one, other in zip(*main, strict=True)])),
     }
+    return scores | (judge_maps(maps, right) if maps else {}), right
 
 
-def summary(scores: list[float]) -> dict[str, float]:
-    spread = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-    return {"mean": float(np.mean(scores)), "standard error": float(spread)}
+def summary(sets: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and standard error of every score."""
+
+    def of(values: list[float]) -> dict[str, float]:
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+        return {"mean": float(np.mean(values)), "standard error": error}
+
+    return {score: of([each[score] for each in sets]) for score in sets[0]}
+
+
+def differences(sets: list[dict[str, float]], base: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Set by set, as all configurations start from the same noise."""
+    return [{score: each[score] - other[score] for score in other} for each, other in zip(sets, base, strict=True)]
 
 
 def main() -> None:
@@ -136,7 +190,6 @@ def main() -> None:
     parser.add_argument("--model", default="sprites")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS)[:4], choices=CONFIGS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "subjects.json")
     args = parser.parse_args()
 
@@ -147,21 +200,28 @@ def main() -> None:
         "machine": platform.machine(), "device": args.device, "dtype": args.dtype,
         "reading of rendered pictures": reading_accuracy(oracle),
     }  # fmt: skip
-    scores: dict[str, list[dict[str, float]]] = {name: [] for name in args.configs}
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in CONFIGS}
     for number in tqdm(range(args.sets), desc="sets"):
-        for name in args.configs:
-            scores[name].append(judge(pipe, oracle, name, args.steps, number))
-        rows = {
-            name: {score: summary([each[score] for each in sets]) for score in sets[0]} for name, sets in scores.items()
+        subjects, settings = draw_set(number)
+        plain_right = None  # known once the first configuration, vanilla, has been drawn
+        for name, config in CONFIGS.items():
+            with conditions(name, plain_right) as watch:
+                told = pipe(
+                    subject=" and ".join(f"a {subject}" for subject in subjects), settings=settings,
+                    concepts=subjects, seed=1000 * number, steps=args.steps, config=config,
+                )  # fmt: skip
+            judged, right = judge(told.images, watch.maps, oracle, number)
+            plain_right = right if plain_right is None else plain_right
+            scores[name].append(judged)
+        rows = {name: summary(sets) for name, sets in scores.items()} | {
+            f"{name} - union": summary(differences(sets, scores["union"]))
+            for name, sets in scores.items()
+            if "separate" in name
         }
-        result = {"about": about | {"sets": number + 1}, "rows": rows}
-        if {"union", "separate"} <= scores.keys():
-            pairs = list(zip(scores["separate"], scores["union"], strict=True))
-            result["separate - union"] = {name: summary([a[name] - b[name] for a, b in pairs]) for name in pairs[0][0]}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in [*rows.items(), ("separate - union", result.get("separate - union", {}))]:
+        args.out.write_text(json.dumps({"about": about | {"sets": number + 1}, "rows": rows}, indent=1) + "\n")
+    for name, row in rows.items():
         cells = (f"{score} {100 * x['mean']:.1f} ± {100 * x['standard error']:.1f}" for score, x in row.items())
-        print(f"{name:34}", " | ".join(cells))
+        print(f"{name:50}", " | ".join(cells))
 
 
 if __name__ == "__main__":
