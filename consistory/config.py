@@ -318,7 +318,7 @@ class ConsistoryConfig:
 
     @classmethod
     def control(cls) -> ConsistoryConfig:
-        """For use with ControlNet (§5): more of the anchors is dropped."""
+        """For use with ControlNet, where the paper drops more of the anchors."""
         return cls(dropout=CONTROL_DROPOUT)
 
     @classmethod

@@ -65,9 +65,9 @@ def drawn(folder: Path) -> NDArray[np.uint8]:
 def test_a_picture_for_each_is_what_the_library_gives(net: Path, left: Path, right: Path, tmp_path: Path) -> None:
     options = ["--control", net, left, right, "--control-weight", "0.5", "--control-end", "0.7"]
     assert command(*CAT, *QUICK, *options, "--out", tmp_path / "out") == 0
-    pipe, net = ConsiStory.from_pretrained("sprites"), ControlNet.from_pretrained(net)
+    pipe = ConsiStory.from_pretrained("sprites")
     images = [read_picture(left), read_picture(right)]
-    control = Control(net, images, weight=0.5, end=0.7)
+    control = Control(ControlNet.from_pretrained(net), images, weight=0.5, end=0.7)
     story = pipe(subject="a cat", settings=CAT[2:], steps=3, controls=[control])
     assert np.array_equal(drawn(tmp_path / "out"), story.images)
     record = json.loads((tmp_path / "out" / "story.json").read_text("utf-8"))
