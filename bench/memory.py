@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from consistory.weights import loading
 from consistory.weights.loading import COMPONENTS, TensorSource, sdxl_configs
 from measure import machine
 from torch import Tensor, nn
@@ -248,10 +249,11 @@ def phases(meter: Meter) -> Iterator[None]:
 def load(device: str, configs: Configs, option: Option) -> ConsiStory:
     """A float16 model of random weights, made as a checkpoint is; for "meta" of arbitrary ones."""
     parts = {name: (configs[name], TensorSource(name, weights(name, configs[name], device))) for name in COMPONENTS}
-    return ConsiStory._assemble(
-        "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, configs["scheduler"], configs["model_index"],
-        device, torch.float16, option.offload, option.tile,
-    )  # fmt: skip
+    with patch.object(loading, "is_finite", lambda x: True):  # tensors on "meta" have no values
+        return ConsiStory._assemble(
+            "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, configs["scheduler"], configs["model_index"],
+            torch.device(device), torch.float16, vae=None, loras=(), offload=option.offload, tile=option.tile,
+        )  # fmt: skip
 
 
 def weights(name: str, config: dict[str, Any], device: str) -> dict[str, Callable[[], Tensor]]:
@@ -285,7 +287,7 @@ def peaks(device: str, configs: Configs, option: Option, images: int, size: int)
     meter = TensorMeter("meta")
     with (
         counting(meter, pipe), phases(meter), meter.naming(parts_of(pipe)), MetaIsGPU(),
-        patch.object(triton.JITFunction, "run"),
+        patch.object(triton.JITFunction, "run"), patch.object(ConsiStory, "fingerprint", "of no values"),
     ):  # fmt: skip
         tell(pipe, images, size, option)
     return meter

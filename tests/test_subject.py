@@ -265,6 +265,14 @@ def test_a_recorded_subject_is_extended_without_its_anchors(
             assert torch.equal(more.nearest[stride].index, whole.nearest[stride].index[2:])
 
 
+def test_separate_subjects_are_not_recorded(pipe: ConsiStory, tmp_path: Path) -> None:
+    config = ConsistoryConfig(separate_subjects=True)
+    with pytest.raises(ConsistoryError, match="recipe instead"):
+        pipe(subject="a dog and a cat", settings=SETTINGS[:2], concepts=["dog", "cat"], config=config,
+             record=tmp_path / "both.safetensors", **SIZE)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_becomes_a_recording(anchors: Story, whole: Story, pipe: ConsiStory, tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     anchors.subject.save(path)
