@@ -438,14 +438,21 @@ class ConsiStory:
         return self.unet.config.channels, height // stride, width // stride
 
     def encode_prompts(
-        self, prompts: Sequence[str], clip_skip: int = 0, *, warn: bool = True
+        self, prompts: Sequence[str], clip_skip: int = 0, negative: Sequence[str] = (), *, warn: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one."""
+        """Context [N, 77, Cx], both encoders' states side by side, and pooled [N, D] of the second one.
+
+        negative: further prompts, to which clip_skip does not apply; their states come last.
+        """
         encoded = []
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
-            ids = tokenizer.encode(prompts, warn=warn and i == 0).to(self.device)
+            groups = [(prompts, clip_skip), (negative, 0)] if negative else [(prompts, clip_skip)]
             with on_device(encoder, self.device):
-                encoded.append(encoder(ids, clip_skip))
+                states = [
+                    encoder(tokenizer.encode(group, warn=warn and i == 0).to(self.device), skip)
+                    for group, skip in groups
+                ]
+            encoded.append([torch.cat(each) for each in zip(*states, strict=True)])
         (first, _), (second, pooled) = encoded
         return torch.cat([first, second], dim=-1), pooled
 
@@ -482,15 +489,15 @@ class ConsiStory:
 
     def _conditioning(self, prompts: list[str], recipe: Recipe) -> Conditioning:
         """Token states and the rest of 2 N samples: the unconditional half, then the conditional half."""
-        context, pooled = self.encode_prompts(prompts, recipe.clip_skip, warn=False)
-        if recipe.negative_prompt is None and self.zero_negative:
-            negative = torch.zeros_like(context), torch.zeros_like(pooled)
-        else:
-            one_context, one_pooled = self.encode_prompts([recipe.negative_prompt or ""])
-            negative = one_context.expand_as(context), one_pooled.expand_as(pooled)
+        negative = [] if recipe.negative_prompt is None and self.zero_negative else [recipe.negative_prompt or ""]
+        states = self.encode_prompts(prompts, recipe.clip_skip, negative, warn=False)
+        n = len(prompts)
+        context, pooled = (
+            torch.cat([x[n:].expand_as(x[:n]) if negative else torch.zeros_like(x), x[:n]]) for x in states
+        )
         height, width = recipe.height, recipe.width
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        return Conditioning(torch.cat([negative[0], context]), torch.cat([negative[1], pooled]), sizes)
+        return Conditioning(context, pooled, sizes)
 
     def token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""

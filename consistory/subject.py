@@ -141,7 +141,7 @@ class Subject:
         pipe, config, anchors = self.pipe, self.recipe.config, len(self.recipe.prompts)
         # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
         pipe.token_weights(prompts, self.recipe.concepts)
-        pipe.tokenizers[0].encode(prompts[first:])
+        pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
         settings = self._settings(given, controls)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
