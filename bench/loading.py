@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -115,8 +116,8 @@ def main() -> None:
             row = json.loads(done.stdout)
             rows[name] = {**row, "peak resident over file": round(row["peak resident, bytes"] / size, 3)}
             print(name, rows[name], flush=True)
-    about = machine("cpu") | {"file, bytes": size}
-    args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        about = machine("cpu") | {"load average": str(os.getloadavg()[0]), "file, bytes": size}
+        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
