@@ -652,7 +652,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--tile", type=int, metavar="ROWS",
-        help="decode in tiles of so many rows: the same pictures from less memory, in twice the time (default: only "
+        help="decode in tiles of so many rows: the same pictures from less memory, with twice the work (default: only "
         "above 1024x1024 pixels, 32 rows)",
     )
 
