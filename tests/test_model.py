@@ -264,7 +264,7 @@ def test_a_story(pipe: ConsiStory) -> None:
     assert calls[-1][0] == calls[-1][1] == len(calls)
     assert json.loads(json.dumps(story.settings)) | {"config": None} == {
         "model": pipe.name, "steps": 2, "guidance": 5.0, "negative_prompt": None, "anchors": 2, "width": 32,
-        "height": 64, "dtype": "float32", "config": None,
+        "height": 64, "dtype": "float32", "config": None, "controls": [],
     }  # fmt: skip
 
 
