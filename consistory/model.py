@@ -52,7 +52,7 @@ from .vae import VAE
 
 MOST_SEPARATE = 31  # the bits of an int32 but its sign
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
-WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles: for this size, SDXL's decoder takes 2.5 GiB, in tiles 0.9
+WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles: here SDXL's decoder takes 2.5 GiB, in tiles 0.9
 TILE = 32  # rows
 
 LoRAs = Sequence[str | Path | tuple[str | Path, float]]  # files, with weights other than 1
@@ -144,8 +144,8 @@ class ConsiStory:
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
             other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
             all of them stay on the device.
-        tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the work;
-            by default only those of more than 1024 x 1024 pixels.
+        tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the
+            work; by default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
         """
         device = usable_device(device)
