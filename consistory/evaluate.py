@@ -109,9 +109,11 @@ def _read_set(path: Path, number: int, entry: Any) -> PromptSet:
     where = f"set {number + 1} of {path}"
     if not isinstance(entry, dict):
         raise ConsistoryError(f"{where} is not an entry with subject and settings: see consistory evaluate --help")
-    subject, settings, style = (entry.get(key) for key in ("subject", "settings", "style"))
-    style = style or ""
-    concepts = entry.get("concept_token") or []
+    # What a file holds may be anything: it is checked before it is used.
+    subject: Any = entry.get("subject")
+    settings: Any = entry.get("settings")
+    style: Any = entry.get("style") or ""
+    concepts: Any = entry.get("concept_token") or []
     concepts = [concepts] if isinstance(concepts, str) else concepts
     texts = isinstance(subject, str) and isinstance(style, str)
     lists = all(isinstance(x, list) and all(isinstance(text, str) for text in x) for x in (settings, concepts))
