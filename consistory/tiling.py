@@ -44,6 +44,7 @@ def tiled_decode(vae: VAE, z: Tensor, tile: int) -> Tensor:
     for stage in decoder.up_blocks:
         assert isinstance(stage, Stage)
         for block in stage.resnets:
+            assert isinstance(block, ResBlock)
             x = tiled_block(block, upsample, x, tile)
             upsample = None
         if stage.upsamplers is not None:
