@@ -46,7 +46,7 @@ from .unet import Conditioning, UNet
 from .vae import VAE
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
-WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles: for this size, SDXL's decoder takes 2.5 GiB, in tiles 0.9
+WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles; of this size, SDXL's take 2.5 GiB, and 0.9 in tiles
 TILE = 32  # rows
 
 
@@ -133,8 +133,8 @@ class ConsiStory:
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
             other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
             all of them stay on the device.
-        tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the work;
-            by default only those of more than 1024 x 1024 pixels.
+        tile: decode pictures of any size in tiles of so many rows, for a third of the memory and twice the work; by
+            default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable checkpoint and for an unknown device.
         """
         folder = SPRITES if str(name) == "sprites" else Path(name)
