@@ -73,12 +73,12 @@ def test_seed_and_method_change_the_pictures(tmp_path: Path) -> None:
 def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture, grade: list[str]) -> None:
     """As if all pictures had been drawn in one story."""
     kept = tmp_path / "cat.safetensors"
-    options = ["--steps", "4", "--seed", "3"]
+    options = ["--steps", "4", "--seed", "3", "--dtype", "float64"]
     assert command(*CAT, "in space", "in a meadow", *options, "--out", tmp_path / "all") == 0
     assert command(*CAT, *options, "--out", tmp_path / "first", "--save-subject", kept, *grade) == 0
     assert kept.stat().st_size > 10**6 if grade else kept.stat().st_size < 10**5
-    more = ["extend", kept, "--settings", "in space", "in a meadow", "--chunk", "1", "--out", tmp_path / "more"]
-    assert command(*more) == 0
+    more = ["extend", kept, "--settings", "in space", "in a meadow", "--chunk", "1", "--dtype", "float64"]
+    assert command(*more, "--out", tmp_path / "more") == 0
     for number in (1, 2):
         new, expected = (
             np.asarray(Image.open(tmp_path / f"{folder}.png")).astype(int)
@@ -89,7 +89,7 @@ def test_a_subject_is_kept_and_extended(tmp_path: Path, capsys: Capture, grade: 
 
 
 def test_saving_memory_changes_no_picture(tmp_path: Path) -> None:
-    story = [*CAT, "in space", "in a meadow", "--steps", "4", "--quiet"]
+    story = [*CAT, "in space", "in a meadow", "--steps", "4", "--dtype", "float64", "--quiet"]
     assert command(*story, "--out", tmp_path / "plain") == 0
     assert command(*story, "--chunk", "1", "--offload", "--tile", "16", "--out", tmp_path / "sparing") == 0
     plain, sparing = (contents(tmp_path / folder) for folder in ("plain", "sparing"))

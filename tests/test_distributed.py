@@ -44,7 +44,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 def as_rank(work: str, rank: int, size: int, port: int, weights: Path, path: Path) -> None:
     """One rank's life: what it finds goes into a file."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    found = globals()[work](ConsiStory.from_pretrained(weights), rank)
+    found = globals()[work](ConsiStory.from_pretrained(weights, dtype=torch.float64), rank)
     save_file({key: value.contiguous() for key, value in found.items()}, path)
     dist.destroy_process_group()
 
@@ -86,7 +86,7 @@ def share_out(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_tell_the_story_that_one_process_tells(size: int, golden_weights: Path, tmp_path: Path) -> None:
     """With four, there are more ranks than extras, and than pictures of some stories."""
-    expected = tell_and_extend(ConsiStory.from_pretrained(golden_weights))
+    expected = tell_and_extend(ConsiStory.from_pretrained(golden_weights, dtype=torch.float64))
     for found in on_ranks("share_out", size, golden_weights, tmp_path):
         assert found.keys() == expected.keys()
         for key, x in expected.items():
@@ -148,7 +148,7 @@ def test_errors_reach_every_rank(golden_weights: Path, tmp_path: Path) -> None:
 
 
 def command(weights: Path, out: Path, *options: str | Path) -> list[str]:
-    small = ["--model", weights, "--steps", "4", "--width", "64", "--height", "64", "--out", out]
+    small = ["--model", weights, "--dtype", "float64", "--steps", "4", "--width", "64", "--height", "64", "--out", out]
     return [str(x) for x in ("a cat", "--settings", *SETTINGS, *small, *options)]
 
 

@@ -60,7 +60,7 @@ def test_recorded_run(golden, golden_weights, monkeypatch, name):
         tensors = golden("case1_batch")[0] | tensors
     if case["mask_dropout"]:
         replay_dropout(monkeypatch, tensors)
-    told = tell(ConsiStory.from_pretrained(golden_weights), tensors, case)
+    told = tell(ConsiStory.from_pretrained(golden_weights, dtype=torch.float64), tensors, case)
 
     last_pass = "pass2" if case["perform_injection"] else "pass1"
     torch.testing.assert_close(told.latents, tensors[f"{last_pass}/latents_final"], atol=2e-4, rtol=0)
@@ -86,7 +86,7 @@ def test_recorded_run(golden, golden_weights, monkeypatch, name):
 def test_recorded_extra(golden, golden_weights, tmp_path, grade):
     """A picture that joined cached anchors in the recording: in one story with them, and joining ours on disk."""
     tensors, case = golden("case3_cached")
-    pipe = ConsiStory.from_pretrained(golden_weights)
+    pipe = ConsiStory.from_pretrained(golden_weights, dtype=torch.float64)
     anchors, extra = tensors["anchor/init_latents"], tensors["extra0/init_latents"]
     prompts, more = case["prompts"], case["extra_prompts"]
     if grade == "together":
