@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from consistory.kernels.precision import at_least_float32
+
 from .config import FreeU
 
 
@@ -19,7 +21,7 @@ def apply_freeu(x: Tensor, skip: Tensor, level: int, freeu: FreeU) -> tuple[Tens
 
 def scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     """Multiply the lowest frequencies (-1 and 0 along both axes) of each channel by s. [B, C, h, w]."""
-    spectrum = torch.fft.fft2(x.float())  # half-precision transforms exist for powers of two only
+    spectrum = torch.fft.fft2(at_least_float32(x))  # half-precision transforms exist for powers of two only
     h, w = x.shape[-2:]
     spectrum[..., :: max(1, h - 1), :: max(1, w - 1)] *= s  # the first and the last along both axes
     return torch.fft.ifft2(spectrum).real.to(x.dtype)

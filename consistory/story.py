@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from consistory.kernels.precision import at_least_float32
+
 from . import ddim
 from .attention import AttentionControl
 from .config import ConsistoryConfig, ScheduleConfig
@@ -246,11 +248,11 @@ def correspondences(plan: Plan, dift: Tensor, regions: dict[int, Tensor]) -> dic
     """The anchor patches that show what each patch shows, per stride, by features dift [N, C, h, w] (§4.3)."""
     if plan.recorder is not None:
         plan.recorder.subject(dift[: plan.anchors], {s: r[: plan.anchors].any(dim=1) for s, r in regions.items()})
-    dift = smooth(dift.float())
+    dift = smooth(at_least_float32(dift))
     if plan.recorded is None:
         found = {s: nearest_in_regions(dift, size, regions[s], plan.anchors) for s, size in plan.sizes.items()}
         return {s: nearest.among(plan.share) for s, nearest in found.items()}
-    anchor_dift, masks = smooth(plan.recorded.dift.float()), plan.recorded.masks
+    anchor_dift, masks = smooth(at_least_float32(plan.recorded.dift)), plan.recorded.masks
     return {s: nearest_patches(dift, size, masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()}
 
 

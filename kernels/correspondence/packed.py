@@ -1,6 +1,7 @@
 """Nearest patches in plain PyTorch: a slab of the distances at a time, and on a CPU only the kept source patches."""
 
 import torch
+from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -10,8 +11,8 @@ SLAB = 2**22  # distances in memory at a time: 16 MiB in float32
 def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in `consistory.kernels.correspondence`. Products in the features' own precision."""
     targets, patches, _ = target.shape
-    rows = normalize(target.float(), dim=-1).to(target.dtype).flatten(0, 1)
-    source = normalize(source.float(), dim=-1).to(source.dtype)
+    rows = normalize(at_least_float32(target), dim=-1).to(target.dtype).flatten(0, 1)
+    source = normalize(at_least_float32(source), dim=-1).to(source.dtype)
     index = torch.zeros(targets, len(source), patches, dtype=torch.int64, device=target.device)
     distance = torch.full_like(index, 2.0, dtype=torch.float32)
     for image, mask in enumerate(source_mask):
@@ -31,9 +32,9 @@ def nearest_kept(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
 
 def nearest_of(rows: Tensor, source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [R, C], source [P, C] under its mask [P] -> index int64 [R], distance float32 [R]."""
+    """rows [R, C], source [P, C] under its mask [P] -> index int64 [R], distance [R]."""
     slabs = [
-        (1 - (slab @ source.T).float()).masked_fill(~mask, 2.0).min(dim=-1)
+        (1 - at_least_float32(slab @ source.T)).masked_fill(~mask, 2.0).min(dim=-1)
         for slab in rows.split(max(1, SLAB // len(source)))
     ]
     return torch.cat([slab.indices for slab in slabs]), torch.cat([slab.values for slab in slabs])

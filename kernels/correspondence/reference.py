@@ -1,13 +1,15 @@
 """Nearest patches as the paper writes them: argmin over the matrix of all cosine distances (equations 8-9)."""
 
 import torch
+from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
 
 def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32, with every distance in memory. Shapes as in `consistory.kernels.correspondence`."""
-    cosine = torch.einsum("tpc,sqc->tspq", normalize(target.float(), dim=-1), normalize(source.float(), dim=-1))
+    """In float32 (float64 if the features are), all distances in memory. Shapes: `consistory.kernels.correspondence`."""
+    target, source = (normalize(at_least_float32(x), dim=-1) for x in (target, source))
+    cosine = torch.einsum("tpc,sqc->tspq", target, source)
     distance = (1 - cosine).masked_fill(~source_mask[None, :, None], 2.0)
     nearest = distance.min(dim=-1)
-    return nearest.indices, nearest.values
+    return nearest.indices, nearest.values.float()

@@ -15,7 +15,8 @@ def cross_attention(
     q               [B, H, P, d]
     k, v            [B, H, T, d], one row a token
     token_weights   float [B, T, K], for each of K concepts the weight of every token's probability
-    returns         out [B, H, P, d], maps float32 [B, P, K]: softmax(q k^T / sqrt(d)) @ token_weights, mean of heads
+    returns         out [B, H, P, d], maps [B, P, K]: softmax(q k^T / sqrt(d)) @ token_weights, mean of
+                    heads, in float32 (float64 if q is)
 
     Raises ValueError for an unknown backend.
     """

@@ -1,6 +1,7 @@
 """Cross-attention in plain PyTorch: the token weights ride along as further value columns of one attention call."""
 
 import torch
+from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -17,4 +18,5 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> t
     joined = scaled_dot_product_attention(
         pad(q, (0, extra)), pad(k, (0, extra)), torch.cat([v, weights], dim=-1), scale=head_size**-0.5
     )
-    return joined[..., :head_size], joined[..., head_size : head_size + concepts].float().mean(dim=1)
+    maps = at_least_float32(joined[..., head_size : head_size + concepts]).mean(dim=1)
+    return joined[..., :head_size], maps
