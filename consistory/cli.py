@@ -646,7 +646,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(
         "--dtype", choices=("float64", "float32", "float16", "bfloat16"),
-        help="default: float16 on cuda, float32 elsewhere; float64 draws the same pictures on every machine, slowly",
+        help="default: float16 on cuda, float32 elsewhere; float64 is slow, but rounding"
+        " decides nothing: the same pictures on another CPU or in other chunks",
     )
     model.add_argument(
         "--offload", action="store_true",

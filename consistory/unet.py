@@ -52,11 +52,12 @@ class Encoded:
     context: Prompt
 
 
-def sinusoids(x: Tensor, features: int) -> Tensor:
-    """[...] -> [..., features] in float32: cosines, then sines, at geometrically spaced frequencies from 1 to 1e-4."""
-    exponents = torch.arange(features // 2, device=x.device, dtype=torch.float32) / (features // 2)
-    angles = x.float()[..., None] * torch.exp(-math.log(10_000) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def sinusoids(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """[...] -> [..., features]: cosines, then sines, at geometrically spaced frequencies from 1 to 1e-4."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(features // 2, device=x.device, dtype=wide) / (features // 2)
+    angles = x.to(wide)[..., None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 class Embedding(nn.Module):
@@ -169,8 +170,8 @@ class Encoder(nn.Module):
         """Timestep, pooled text and sizes, [B, emb_width]."""
         # Filled on the device: copying one number there would make the host wait.
         t = t.expand(len(x)) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-        time = sinusoids(t, self.config.widths[0]).to(x.dtype)
-        sizes = sinusoids(cond.sizes, self.config.size_features).flatten(1).to(x.dtype)
+        time = sinusoids(t, self.config.widths[0], x.dtype)
+        sizes = sinusoids(cond.sizes, self.config.size_features, x.dtype).flatten(1)
         return self.time_embedding(time) + self.add_embedding(torch.cat([cond.pooled, sizes], dim=-1))
 
 

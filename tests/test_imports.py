@@ -105,7 +105,7 @@ def test_the_chain_points_one_way(position: int, name: str) -> None:
 
 
 def test_the_unet_knows_nothing_of_the_method() -> None:
-    allowed = ("config", "attention", "blocks", "freeu", "weights.errors")
+    allowed = ("config", "attention", "blocks", "freeu", "kernels.precision", "weights.errors")
     assert reached("consistory.unet") <= {f"consistory.{name}" for name in allowed}
 
 

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 
 def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32 (float64 if the features are), all distances in memory. Shapes: `consistory.kernels.correspondence`."""
+    """In float32, or float64 if the features are. Shapes as in `consistory.kernels.correspondence`."""
     target, source = (normalize(at_least_float32(x), dim=-1) for x in (target, source))
     cosine = torch.einsum("tpc,sqc->tspq", target, source)
     distance = (1 - cosine).masked_fill(~source_mask[None, :, None], 2.0)
