@@ -270,8 +270,9 @@ def test_two_and_four_are_six(tmp_path: Path) -> None:
     """With trained weights, whose patches lie close to their thresholds."""
     pipe = ConsiStory.from_pretrained("sprites", dtype=torch.float64)
     settings = ["on the beach", "in the snow", "in the forest", "in space", "under the sea", "in a meadow"]
-    whole = pipe(subject="a cat", settings=settings, seed=7, steps=6)
-    subject = pipe(subject="a cat", settings=settings[:2], seed=7, steps=6, record=tmp_path / "cat").subject
+    small: dict[str, Any] = {"subject": "a cat", "seed": 7, "steps": 6, "width": 32, "height": 32}
+    whole = pipe(settings=settings, **small)
+    subject = pipe(settings=settings[:2], record=tmp_path / "cat", **small).subject
     for grade in (subject, replace(subject, recorded=None)):
         for chunk in (4, 1):
             more = grade.extend(settings[2:], chunk=chunk)
