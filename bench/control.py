@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--net", required=True, help="a ControlNet for `sprites`, as `train control` writes it")
+    parser.add_argument("--net", default="sprites", help="a ControlNet for the embedded model")
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--device", default="cpu")

@@ -57,9 +57,8 @@ examples:
   consistory evaluate sets.yaml --clip path/to/clip-vit-large-patch14 --out evaluation
       many stories, measured
 
-  consistory "a cat" --settings "on the beach" "in the snow" --single-file path/to/sd_xl_base_1.0.safetensors \\
-      --control depth.safetensors left.png right.png
-      a depth map for each picture; with one alone, all pictures have the same depth
+  consistory "a cat" --settings "on the beach" "in the snow" --control sprites left.png right.png
+      each picture's silhouette is given: white on black; --control depth.safetensors room.png gives all the same depth
 
   consistory personalize photo1.jpg photo2.jpg --subject "a cat" --settings "in space" "in a meadow" --out mine
       the cat of real photos in new pictures
@@ -673,8 +672,8 @@ def add_control(parser: argparse.ArgumentParser, pictures: str) -> None:
     control = parser.add_argument_group("control by pictures, such as poses or depth maps")
     control.add_argument(
         "--control", metavar=("NET", "PICTURE"), nargs="+", action="append", default=[],
-        help="a ControlNet of SDXL, a .safetensors file or a folder in the diffusers layout, then "
-        f"{pictures}; repeat it to steer by several at once",
+        help="a ControlNet of SDXL (a .safetensors file, a folder in the diffusers layout, or sprites: silhouettes for "
+        f"the embedded model), then {pictures}; repeat it to steer by several at once",
     )
     several = "; one number, or one for each --control"
     control.add_argument(

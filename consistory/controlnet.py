@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import consistory.weights
 from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
+SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "control"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class HintEmbedding(nn.Module):
 
 
 class ControlNet(Encoder):
-    """`ControlNet.from_pretrained(folder)` or `ControlNet.from_single_file(path)`.
+    """`ControlNet.from_pretrained("sprites")`, or a folder; or `ControlNet.from_single_file(path)`.
 
     name: where it was loaded from.
     """
@@ -92,7 +94,7 @@ class ControlNet(Encoder):
     def load(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> ControlNet:
-        """From wherever `name` leads: a folder or a single file."""
+        """From wherever `name` leads: "sprites", a folder, or a single file."""
         single = Path(name).is_file() or Path(name).suffix == ".safetensors"
         return (cls.from_single_file if single else cls.from_pretrained)(name, device=device, dtype=dtype)
 
@@ -101,12 +103,13 @@ class ControlNet(Encoder):
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
         variant: str | None = None,
     ) -> ControlNet:
-        """Load a folder in the diffusers layout.
+        """Load "sprites" (silhouettes, for the embedded model), or a folder in the diffusers layout.
 
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
         Raises ConsistoryError for a missing, damaged or unsuitable ControlNet and for an unknown device.
         """
-        return cls._assemble(str(name), loading.folder_controlnet(Path(name), variant), device, dtype)
+        folder = SPRITES if str(name) == "sprites" else Path(name)
+        return cls._assemble(str(name), loading.folder_controlnet(folder, variant), device, dtype)
 
     @classmethod
     def from_single_file(
