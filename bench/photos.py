@@ -82,8 +82,8 @@ WAYS: dict[str, Callable[[int, int], Story]] = {
     "no AdaIN": personalized(align_keys=False),
     "photos read each other": personalized(anchors_read=True),
     "noise": personalized(method="noise"),
-    "no injection": personalized(config=replace(ConsistoryConfig(), injection=False)),
-    "no dropout": personalized(config=replace(ConsistoryConfig(), dropout=0.0)),
+    "dropout 0.5": personalized(config=ConsistoryConfig()),
+    "no injection": personalized(config=replace(ConsistoryConfig.photos(), injection=False)),
 }
 
 

@@ -322,6 +322,15 @@ class ConsistoryConfig:
         return cls(dropout=CONTROL_DROPOUT)
 
     @classmethod
+    def photos(cls) -> ConsistoryConfig:
+        """For photos as anchors: without mask dropout.
+
+        Dropout keeps the layouts of pictures that are drawn together apart. Photos keep theirs in any case, and new
+        pictures do not fall into it (`bench/photos.py`).
+        """
+        return cls(dropout=0.0)
+
+    @classmethod
     def vanilla(cls) -> ConsistoryConfig:
         """Plain SDXL: every part of the method off."""
         return cls(sdsa=False, query_blend=None, injection=False)

@@ -398,11 +398,12 @@ class ConsiStory:
         subject, style: a photo's prompt is "{style} {subject}"; or give `prompts`, one for each photo.
         concept: word or phrase for the subject, or several; by default the subject's head noun.
         method: "inversion" | "noise", photo_guidance, align_keys, anchors_read: see `PhotoConfig`.
-        seed: of the photos' noise.  Other arguments are those of a story.
+        seed: of the photos' noise.  config: by default `ConsistoryConfig.photos()`.
+        Other arguments are those of a story.
 
         Raises ConsistoryError if a photo cannot be read or the arguments do not fit together or do not fit the model.
         """
-        config = config or ConsistoryConfig()
+        config = config or ConsistoryConfig.photos()
         photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
         check_photos(images)
         if prompts is None:
