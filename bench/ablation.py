@@ -1,0 +1,343 @@
+"""What does each part of the method do? Seeded stories on `sprites` with parts left out, judged by the oracle.
+
+    python bench/ablation.py --jobs 2      # -> bench/results/ablation.json and ablation.png; goes on if interrupted
+    python bench/ablation.py --quick       # a few sets, in bench/results/quick/
+
+For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims rest on have
+100 sets, the others 24. Ten steps, in which injection takes steps 1 to 3 and features are taken at step 7.
+
+consistency   main, second, pattern: pairs of pictures of a set that agree in what the prompt leaves open; all: in all
+              three. likeness: cosine similarity of the oracle's features of the subject, the background painted grey.
+              Its scale is arbitrary: two different cats are alike to it, too.
+alignment     pictures that show the subject, and the setting, that the prompt asks for.
+diversity     displacement (App. C): how far apart the same part of the subject is in two pictures, over all pairs, as a
+              share of the side. Parts are matched by diffusion features of the finished pictures, noised to t = 261,
+              within the subject as the oracle sees it. place, size: standard deviation over a set of the subject's
+              centre (share of the side) and of the logarithm of its area.
+
+Every claim is a difference of two rows on the same sets; it counts if it exceeds two standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from consistory.kernels.injection import inject
+from consistory.weights.sprites.oracle import Oracle, Reading
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+from measure import machine
+from torch import Tensor
+from tqdm import tqdm
+
+from consistory import ConsiStory, ConsistoryConfig, Story, ddim
+from consistory.correspondence import nearest_patches, smooth
+from consistory.injection import Injection
+from consistory.story import State, guided_output
+
+IMAGES = 5
+STEPS = 10
+Scores = dict[str, float]
+Table = dict[str, dict[str, Scores]]  # {row: {number of a set: scores}}
+pipe: ConsiStory
+oracle: Oracle
+
+
+@dataclass(frozen=True)
+class Row:
+    config: ConsistoryConfig
+    anchors: int = 2
+    sets: int = 24
+    in_order: bool = True
+
+
+FULL = ConsistoryConfig()
+ROWS = {
+    "vanilla": Row(ConsistoryConfig.vanilla(), sets=100),
+    "full": Row(FULL, sets=100),
+    "no SDSA": Row(replace(FULL, sdsa=False), sets=100),
+    "no injection": Row(replace(FULL, injection=False), sets=100),
+    "no dropout": Row(replace(FULL, dropout=0.0), sets=100),
+    "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=100),
+    "no blending": Row(replace(FULL, query_blend=None)),
+    "no mask": Row(replace(FULL, masking=False)),
+    "dropout 0.15": Row(replace(FULL, dropout=0.15)),
+    "dropout 0.3": Row(replace(FULL, dropout=0.3)),
+    "dropout 0.7": Row(replace(FULL, dropout=0.7)),
+    "1 anchor": Row(FULL, anchors=1),
+    "3 anchors": Row(FULL, anchors=3),
+    "5 anchors": Row(FULL, anchors=IMAGES),
+    "injection at once": Row(FULL, in_order=False),
+    "reference": Row(ConsistoryConfig.reference()),
+    "paper": Row(ConsistoryConfig.paper()),
+}
+CLAIMS = [  # score, the row that should have more of it, the row that should have less
+    ("all", "full", "no injection"), ("all", "no injection", "no SDSA"), ("all", "no SDSA", "vanilla"),
+    ("displacement", "full", "no dropout"), ("displacement", "no dropout", "no dropout, no blending"),
+    ("displacement", "vanilla", "full"), ("setting", "vanilla", "full"), ("subject", "vanilla", "full"),
+]  # fmt: skip
+DROPOUTS = {"no dropout": 0.0, "dropout 0.15": 0.15, "dropout 0.3": 0.3, "full": 0.5, "dropout 0.7": 0.7}
+ANCHORS = {"1 anchor": 1, "full": 2, "3 anchors": 3, "5 anchors": 5}
+
+
+# --- one set ----------------------------------------------------------------------------------------------------------
+
+
+def draw_set(number: int) -> tuple[str, list[str]]:
+    """The subject and the settings of a set."""
+    settings = np.random.default_rng(number).choice(len(SETTINGS), IMAGES, replace=False)
+    return SUBJECTS[number % len(SUBJECTS)], [SETTINGS[i] for i in settings]
+
+
+@contextmanager
+def injection_at_once() -> Iterator[None]:
+    """All images, anchors too, draw from the anchors as they were before injection."""
+
+    def at_once(injection: Injection, x: Tensor, anchor_x: Tensor | None = None) -> Tensor:
+        before = x[: injection.anchors].clone()
+        return inject(x, injection.index, injection.anchor, injection.mask, injection.alpha, anchor_x=before)
+
+    with patch.object(Injection, "__call__", at_once):
+        yield
+
+
+def tell(row: Row, number: int, steps: int) -> Story:
+    subject, settings = draw_set(number)
+    with nullcontext() if row.in_order else injection_at_once():
+        return pipe(
+            subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps,
+            anchors=row.anchors, config=row.config,
+        )  # fmt: skip
+
+
+def judge(row: Row, number: int, steps: int) -> Scores:
+    """Every score of one set, see the top of this file."""
+    story = tell(row, number, steps)
+    subject, settings = draw_set(number)
+    reading = oracle.read(story.images)
+    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
+    return {
+        "subject": share(reading.subject == SUBJECTS.index(subject)),
+        "setting": share(reading.setting == wanted),
+        **agreements(reading),
+        "likeness": likeness(story, reading),
+        "displacement": displacement(story, reading),
+        **layouts(reading.mask.float()),
+    }
+
+
+def share(right: Tensor) -> float:
+    return right.float().mean().item()
+
+
+def agreements(reading: Reading) -> Scores:
+    read = {name: getattr(reading, name).tolist() for name in ("main", "second", "pattern")}
+    read["all"] = list(zip(*read.values(), strict=True))
+    return {name: float(np.mean([a == b for a, b in combinations(values, 2)])) for name, values in read.items()}
+
+
+@torch.inference_mode()
+def likeness(story: Story, reading: Reading) -> float:
+    """Mean cosine similarity of the subjects of two pictures."""
+    pictures = torch.from_numpy(story.images).permute(0, 3, 1, 2) / 255
+    features: list[Tensor] = []
+    handle = oracle.subject_features.register_forward_hook(lambda module, inputs, output: features.append(output))
+    oracle(torch.where(reading.mask[:, None], pictures, 0.5))
+    handle.remove()
+    unit = F.normalize(features[0], dim=-1)
+    return off_diagonal(unit @ unit.T)
+
+
+@torch.inference_mode()
+def displacement(story: Story, reading: Reading) -> float:
+    """Mean distance, as a share of the side, between matched parts of the subject in two pictures; NaN without any."""
+    recipe = replace(story.subject.recipe, config=ConsistoryConfig.vanilla())
+    plan = pipe.plan(recipe, story.prompts)
+    alpha_bar = ddim.alpha_bars(plan.schedule)[plan.timesteps[plan.dift_step]]
+    noise = torch.randn(story.latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    noised = alpha_bar.sqrt() * story.latents + (1 - alpha_bar).sqrt() * noise
+    _, control = guided_output(plan, State(plan.dift_step, noised, []), None, call=(1, plan.dift_step))
+    assert control.dift is not None
+
+    h, w = size = plan.sizes[plan.unet.strides[0]]
+    inside = F.adaptive_avg_pool2d(reading.mask[:, None].float(), size).flatten(1) > 0.5  # [N, P]
+    index = nearest_patches(smooth(control.dift), size, inside, len(inside)).index  # [N, N, P]
+    place = torch.stack([torch.arange(h * w) // w / h, torch.arange(h * w) % w / w], dim=-1)
+    distance = (place[index] - place).norm(dim=-1)
+    pairs = [(i, j) for i in range(len(inside)) for j in range(len(inside)) if i != j and inside[j].any()]
+    found = [distance[i, j][inside[i]].mean() for i, j in pairs if inside[i].any()]
+    return torch.stack(found).mean().item() if found else float("nan")
+
+
+def layouts(masks: Tensor) -> Scores:
+    """masks float [N, H, W] -> how much the subject's centre and size vary over the pictures."""
+    h, w = masks.shape[1:]
+    area = masks.mean(dim=(1, 2)).clamp(min=1 / (h * w))
+    y = (masks.mean(dim=2) * torch.arange(h) / h).mean(dim=1) / area
+    x = (masks.mean(dim=1) * torch.arange(w) / w).mean(dim=1) / area
+    return {"place": (x.var() + y.var()).sqrt().item(), "size": area.log().std().item()}
+
+
+def off_diagonal(x: Tensor) -> float:
+    return x[~torch.eye(len(x), dtype=torch.bool)].mean().item()
+
+
+# --- all sets ---------------------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """What every process holds. Several of them share the cores."""
+    global pipe, oracle
+    torch.set_num_threads(1)
+    pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
+
+
+def judge_named(name: str, number: int, steps: int) -> Scores:
+    return judge(ROWS[name], number, steps)
+
+
+def missing(table: Table, sets: Callable[[Row], int]) -> list[tuple[str, int]]:
+    """Rows and sets still to be done, in an order that keeps rows abreast of each other."""
+    asked = [((number + 1) / sets(row), name, number) for name, row in ROWS.items() for number in range(sets(row))]
+    return [(name, number) for _, name, number in sorted(asked) if str(number) not in table.get(name, {})]
+
+
+def summarise(table: Table) -> dict[str, Any]:
+    """Means with standard errors of every row, and of every claim's difference on the sets both rows have."""
+    rows = {
+        name: {"sets": len(table[name])} | {score: mean_and_error(column(table, name, score)) for score in SCORES}
+        for name in ROWS
+        if len(table.get(name, {})) > 1
+    }
+    return {"rows": rows, "claims": [claim(table, *each) for each in CLAIMS if rows.keys() >= set(each[1:])]}
+
+
+def column(table: Table, name: str, score: str) -> dict[str, float]:
+    return {number: scores[score] for number, scores in table[name].items()}
+
+
+def mean_and_error(values: dict[str, float]) -> dict[str, float]:
+    known = [value for value in values.values() if not np.isnan(value)]
+    return {"mean": float(np.mean(known)), "standard error": float(np.std(known, ddof=1) / len(known) ** 0.5)}
+
+
+def claim(table: Table, score: str, more: str, less: str) -> dict[str, Any]:
+    """Whether `more` has more of a score than `less`, by paired differences."""
+    upper, lower = column(table, more, score), column(table, less, score)
+    difference = mean_and_error({number: upper[number] - lower[number] for number in upper.keys() & lower.keys()})
+    mean, error = difference.values()
+    verdict = "unresolved" if abs(mean) <= 2 * error else "more" if mean > 0 else "less"
+    return {"score": score, "row": more, "than": less, "difference": mean, "standard error": error, "verdict": verdict}
+
+
+SCORES = {  # score: its name in the table, and what it is multiplied with
+    "subject": ("subject", 100), "setting": ("setting", 100), "main": ("main", 100), "second": ("second", 100),
+    "pattern": ("pattern", 100), "all": ("all three", 100), "likeness": ("likeness", 100),
+    "displacement": ("displacement", 100), "place": ("place", 100), "size": ("size", 100),
+}  # fmt: skip
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """A Markdown table, in per cent, then the claims."""
+    lines = ["| | sets | " + " | ".join(title for title, _ in SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    for name, row in summary["rows"].items():
+        cells = [
+            f"{scale * row[score]['mean']:.1f} ± {scale * row[score]['standard error']:.1f}"
+            for score, (_, scale) in SCORES.items()
+        ]
+        lines.append(f"| {name} | {row['sets']} | " + " | ".join(cells) + " |")
+    for c in summary["claims"]:
+        difference = f"{100 * c['difference']:+.1f} ± {100 * c['standard error']:.1f}"
+        lines.append(f"{c['score']}: {c['row']} against {c['than']}: {difference}, {c['verdict']}")
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Consistency against alignment (Fig. 8) and against diversity, for dropouts (A.4) and numbers of anchors (A.5)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = summary["rows"]
+
+    def show(axes: Any, names: dict[str, str], score: str, join: bool) -> None:
+        known = [name for name in names if name in rows]
+        x, y = ([100 * rows[name][s]["mean"] for name in known] for s in (score, "all"))
+        x_error, y_error = ([100 * rows[name][s]["standard error"] for name in known] for s in (score, "all"))
+        axes.errorbar(x, y, y_error, x_error, fmt="o-" if join else "o", color="#2b6cb0", ecolor="#bbbbbb", lw=1)
+        for name, *at in zip(known, x, y, strict=True):
+            axes.annotate(names[name], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xlabel({"setting": "setting right (%)", "displacement": "displacement (% of the side)"}[score])
+        axes.spines[["top", "right"]].set_visible(False)
+
+    figure, (parts, dropouts, anchors) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    show(parts, {name: name for name, row in ROWS.items() if row.sets > 24}, "setting", join=False)
+    show(dropouts, {"vanilla": "vanilla"}, "displacement", join=False)
+    show(dropouts, {name: f"dropout {p:g}" for name, p in DROPOUTS.items()}, "displacement", join=True)
+    show(anchors, {name: f"{n} anchor{'s' * (n > 1)}" for name, n in ANCHORS.items()}, "displacement", join=True)
+    parts.set_ylabel("pairs that agree in colours and pattern (%)")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def save(path: Path, about: dict[str, Any], table: Table) -> dict[str, Any]:
+    """Write everything, whole or not at all; returns the summary."""
+    summary = summarise(table)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"about": about} | summary | {"scores": table}, indent=None) + "\n")
+    os.replace(part, path)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each, that share the sets out")
+    parser.add_argument("--quick", action="store_true", help="two sets a row, four steps")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no set later; run again to go on")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    out, steps = (args.out / "quick", 4) if args.quick else (args.out, STEPS)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "ablation.json"
+    about = {"images per set": IMAGES, "steps": steps, "dtype": "float32", "torch": torch.__version__}
+    table: Table = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if {key: before["about"].get(key) for key in about} == about:
+            table = before["scores"]
+    about |= machine("cpu") | {"threads": "1"}
+
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare) as workers:
+        todo = missing(table, lambda row: 2 if args.quick else row.sets)
+        futures = {workers.submit(judge_named, name, number, steps): (name, number) for name, number in todo}
+        progress = tqdm(as_completed(futures), total=len(futures))
+        for future in progress:
+            if future.cancelled():
+                continue
+            name, number = futures[future]
+            table.setdefault(name, {})[str(number)] = future.result()
+            save(path, about, table)
+            if progress.format_dict["elapsed"] > 60 * args.minutes:
+                for waiting in futures:
+                    waiting.cancel()
+    summary = save(path, about, table)
+    plot(summary, out / "ablation.png")
+    print(as_text(summary))
+
+
+if __name__ == "__main__":
+    main()
