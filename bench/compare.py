@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig
 
-TI_STEPS, TI_RATE = 200, 3e-2
+TI_STEPS, TI_RATE = 150, 3e-2
 LORA_STEPS, LORA_RATE, RANK = 120, 3e-3, 4
 VANILLA = ConsistoryConfig.vanilla()
 SHARED = ConsistoryConfig(masking=False, dropout=0.0, query_blend=None, injection=False)
