@@ -3,8 +3,9 @@
     python bench/ablation.py --jobs 2      # -> bench/results/ablation.json and ablation.png; goes on if interrupted
     python bench/ablation.py --quick       # a few sets, in bench/results/quick/
 
-For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims rest on have
-100 sets, the others 24. Ten steps, in which injection takes steps 1 to 3 and features are taken at step 7.
+For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims about
+consistency rest on have 100 sets, those about diversity 50, the others 16. Ten steps, in which injection takes steps 1
+to 3 and features are taken at step 7.
 
 consistency   main, second, pattern: pairs of pictures of a set that agree in what the prompt leaves open; all: in all
               three. likeness: cosine similarity of the oracle's features of the subject, the background painted grey.
@@ -22,23 +23,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
+import judging
 import torch
 import torch.nn.functional as F
+from baselines.ip_adapter import features_of
 from consistory.kernels.injection import inject
 from consistory.weights.sprites.oracle import Oracle, Reading
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+from judging import IMAGES, Scores, agreements, alignment, in_per_cent, mean_and_error, tell, write
 from measure import machine
 from torch import Tensor
 from tqdm import tqdm
@@ -48,9 +48,7 @@ from consistory.correspondence import nearest_patches, smooth
 from consistory.injection import Injection
 from consistory.story import State, guided_output
 
-IMAGES = 5
 STEPS = 10
-Scores = dict[str, float]
 Table = dict[str, dict[str, Scores]]  # {row: {number of a set: scores}}
 pipe: ConsiStory
 oracle: Oracle
@@ -60,7 +58,7 @@ oracle: Oracle
 class Row:
     config: ConsistoryConfig
     anchors: int = 2
-    sets: int = 24
+    sets: int = 16
     in_order: bool = True
 
 
@@ -70,8 +68,8 @@ ROWS = {
     "full": Row(FULL, sets=100),
     "no SDSA": Row(replace(FULL, sdsa=False), sets=100),
     "no injection": Row(replace(FULL, injection=False), sets=100),
-    "no dropout": Row(replace(FULL, dropout=0.0), sets=100),
-    "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=100),
+    "no dropout": Row(replace(FULL, dropout=0.0), sets=50),
+    "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=50),
     "no blending": Row(replace(FULL, query_blend=None)),
     "no mask": Row(replace(FULL, masking=False)),
     "dropout 0.15": Row(replace(FULL, dropout=0.15)),
@@ -96,12 +94,6 @@ ANCHORS = {"1 anchor": 1, "full": 2, "3 anchors": 3, "5 anchors": 5}
 # --- one set ----------------------------------------------------------------------------------------------------------
 
 
-def draw_set(number: int) -> tuple[str, list[str]]:
-    """The subject and the settings of a set."""
-    settings = np.random.default_rng(number).choice(len(SETTINGS), IMAGES, replace=False)
-    return SUBJECTS[number % len(SUBJECTS)], [SETTINGS[i] for i in settings]
-
-
 @contextmanager
 def injection_at_once() -> Iterator[None]:
     """All images, anchors too, draw from the anchors as they were before injection."""
@@ -114,24 +106,13 @@ def injection_at_once() -> Iterator[None]:
         yield
 
 
-def tell(row: Row, number: int, steps: int) -> Story:
-    subject, settings = draw_set(number)
-    with nullcontext() if row.in_order else injection_at_once():
-        return pipe(
-            subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps,
-            anchors=row.anchors, config=row.config,
-        )  # fmt: skip
-
-
 def judge(row: Row, number: int, steps: int) -> Scores:
     """Every score of one set, see the top of this file."""
-    story = tell(row, number, steps)
-    subject, settings = draw_set(number)
+    with nullcontext() if row.in_order else injection_at_once():
+        story = tell(pipe, number, steps, row.config, anchors=row.anchors)
     reading = oracle.read(story.images)
-    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
     return {
-        "subject": share(reading.subject == SUBJECTS.index(subject)),
-        "setting": share(reading.setting == wanted),
+        **alignment(reading, number),
         **agreements(reading),
         "likeness": likeness(story, reading),
         "displacement": displacement(story, reading),
@@ -139,25 +120,11 @@ def judge(row: Row, number: int, steps: int) -> Scores:
     }
 
 
-def share(right: Tensor) -> float:
-    return right.float().mean().item()
-
-
-def agreements(reading: Reading) -> Scores:
-    read = {name: getattr(reading, name).tolist() for name in ("main", "second", "pattern")}
-    read["all"] = list(zip(*read.values(), strict=True))
-    return {name: float(np.mean([a == b for a, b in combinations(values, 2)])) for name, values in read.items()}
-
-
 @torch.inference_mode()
 def likeness(story: Story, reading: Reading) -> float:
     """Mean cosine similarity of the subjects of two pictures."""
     pictures = torch.from_numpy(story.images).permute(0, 3, 1, 2) / 255
-    features: list[Tensor] = []
-    handle = oracle.subject_features.register_forward_hook(lambda module, inputs, output: features.append(output))
-    oracle(torch.where(reading.mask[:, None], pictures, 0.5))
-    handle.remove()
-    unit = F.normalize(features[0], dim=-1)
+    unit = F.normalize(features_of(oracle, torch.where(reading.mask[:, None], pictures, 0.5)), dim=-1)
     return off_diagonal(unit @ unit.T)
 
 
@@ -218,9 +185,9 @@ def missing(table: Table, sets: Callable[[Row], int]) -> list[tuple[str, int]]:
 def summarise(table: Table) -> dict[str, Any]:
     """Means with standard errors of every row, and of every claim's difference on the sets both rows have."""
     rows = {
-        name: {"sets": len(table[name])} | {score: mean_and_error(column(table, name, score)) for score in SCORES}
+        name: {"sets": len(sets), **judging.summarise(list(sets.values()))}
         for name in ROWS
-        if len(table.get(name, {})) > 1
+        if len(sets := table.get(name, {})) > 1
     }
     return {"rows": rows, "claims": [claim(table, *each) for each in CLAIMS if rows.keys() >= set(each[1:])]}
 
@@ -229,35 +196,26 @@ def column(table: Table, name: str, score: str) -> dict[str, float]:
     return {number: scores[score] for number, scores in table[name].items()}
 
 
-def mean_and_error(values: dict[str, float]) -> dict[str, float]:
-    known = [value for value in values.values() if not np.isnan(value)]
-    return {"mean": float(np.mean(known)), "standard error": float(np.std(known, ddof=1) / len(known) ** 0.5)}
-
-
 def claim(table: Table, score: str, more: str, less: str) -> dict[str, Any]:
     """Whether `more` has more of a score than `less`, by paired differences."""
     upper, lower = column(table, more, score), column(table, less, score)
-    difference = mean_and_error({number: upper[number] - lower[number] for number in upper.keys() & lower.keys()})
+    difference = mean_and_error(upper[number] - lower[number] for number in upper.keys() & lower.keys())
     mean, error = difference.values()
     verdict = "unresolved" if abs(mean) <= 2 * error else "more" if mean > 0 else "less"
     return {"score": score, "row": more, "than": less, "difference": mean, "standard error": error, "verdict": verdict}
 
 
-SCORES = {  # score: its name in the table, and what it is multiplied with
-    "subject": ("subject", 100), "setting": ("setting", 100), "main": ("main", 100), "second": ("second", 100),
-    "pattern": ("pattern", 100), "all": ("all three", 100), "likeness": ("likeness", 100),
-    "displacement": ("displacement", 100), "place": ("place", 100), "size": ("size", 100),
+SCORES = {  # score: its name in the table, in per cent
+    "subject": "subject", "setting": "setting", "main": "main", "second": "second", "pattern": "pattern",
+    "all": "all three", "likeness": "likeness", "displacement": "displacement", "place": "place", "size": "size",
 }  # fmt: skip
 
 
 def as_text(summary: dict[str, Any]) -> str:
     """A Markdown table, in per cent, then the claims."""
-    lines = ["| | sets | " + " | ".join(title for title, _ in SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    lines = ["| | sets | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
     for name, row in summary["rows"].items():
-        cells = [
-            f"{scale * row[score]['mean']:.1f} ± {scale * row[score]['standard error']:.1f}"
-            for score, (_, scale) in SCORES.items()
-        ]
+        cells = [in_per_cent(row[score]) for score in SCORES]
         lines.append(f"| {name} | {row['sets']} | " + " | ".join(cells) + " |")
     for c in summary["claims"]:
         difference = f"{100 * c['difference']:+.1f} ± {100 * c['standard error']:.1f}"
@@ -285,7 +243,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
     figure, (parts, dropouts, anchors) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    show(parts, {name: name for name, row in ROWS.items() if row.sets > 24}, "setting", join=False)
+    show(parts, {name: name for name, row in ROWS.items() if row.sets >= 50}, "setting", join=False)
     show(dropouts, {"vanilla": "vanilla"}, "displacement", join=False)
     show(dropouts, {name: f"dropout {p:g}" for name, p in DROPOUTS.items()}, "displacement", join=True)
     show(anchors, {name: f"{n} anchor{'s' * (n > 1)}" for name, n in ANCHORS.items()}, "displacement", join=True)
@@ -295,11 +253,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def save(path: Path, about: dict[str, Any], table: Table) -> dict[str, Any]:
-    """Write everything, whole or not at all; returns the summary."""
     summary = summarise(table)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"about": about} | summary | {"scores": table}, indent=None) + "\n")
-    os.replace(part, path)
+    write(path, {"about": about} | summary | {"scores": table})
     return summary
 
 

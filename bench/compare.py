@@ -1,34 +1,35 @@
 """How do others keep a subject, and how long does it take? Stories on `sprites`, judged by the oracle.
 
-    python bench/compare.py             # 10 sets of 5 settings -> bench/results/compare.json and compare.png
-    python bench/compare.py --sets 1    # a quick look
+    python bench/compare.py             # 5 sets of 5 settings -> bench/results/compare.json and compare.png
+    python bench/compare.py --quick     # 2 sets, 4 steps, next to no training, in bench/results/quick/
 
 For every set: one subject, five settings, one seed per picture. Whoever has to learn the subject learns it from one
 picture, the one that the plain model draws of the first setting. Scores as in bench/ablation.py. Times are processor
 seconds on one thread until five pictures are there: what a subject takes before its first picture, and the drawing.
 
 Textual Inversion and DreamBooth see their picture `TI_STEPS` and `LORA_STEPS` times in batches of four; longer training
-keeps the subject better until settings get lost. "shared attention": every picture reads all others, no masks, no
-injection. "reference only": every picture reads the one given, noised.
+keeps the subject better until settings get lost. IP-Adapter was trained once, for all subjects, see there; that time is
+not counted. "shared attention": every picture reads all others, no masks, no injection. "reference only": every picture
+reads the one given, noised.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ablation
+import judging
 import torch
-from ablation import IMAGES, Scores, agreements, draw_set, mean_and_error, share
-from baselines import dreambooth, textual_inversion
+from ablation import Table
+from baselines import dreambooth, ip_adapter, textual_inversion
 from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+from judging import IMAGES, Scores, draw_set, in_per_cent, tell, write
 from measure import machine
 from torch import Tensor
 from tqdm import tqdm
@@ -52,87 +53,98 @@ class Clock:
         return self.last - before
 
 
+@dataclass(frozen=True)
+class Task:
+    """The number of a set, the steps of sampling, and the share of the training that methods get."""
+
+    number: int
+    steps: int
+    effort: float = 1.0
+
+
 Drawn = tuple[Any, float, float]  # pictures uint8 [5, H, W, 3], seconds before the first, seconds of drawing
+Method = Callable[[ConsiStory, Task], Drawn]
 
 
-def draw(pipe: ConsiStory, number: int, steps: int, config: ConsistoryConfig, **options: Any) -> Any:
-    subject, settings = draw_set(number)
-    return pipe(
-        subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps, config=config,
-        **options,
-    ).images  # fmt: skip
+def draw(pipe: ConsiStory, task: Task, config: ConsistoryConfig = VANILLA, **options: Any) -> Any:
+    return tell(pipe, task.number, task.steps, config, **options).images
 
 
-def given_picture(pipe: ConsiStory, number: int, steps: int) -> tuple[Any, str]:
+def given_picture(pipe: ConsiStory, task: Task) -> tuple[Any, str]:
     """The one picture [H, W, 3] that shows the subject, and its prompt."""
-    subject, settings = draw_set(number)
-    story = pipe(
-        subject=f"a {subject}", settings=settings[:1], concepts=[subject], seed=1000 * number, steps=steps,
-        config=VANILLA,
-    )  # fmt: skip
+    story = tell(pipe, task.number, task.steps, VANILLA, images=1)
     return story.images[0], story.prompts[0]
 
 
-def at_once(config: ConsistoryConfig, **options: Any) -> Callable[[ConsiStory, int, int], Drawn]:
+def at_once(config: ConsistoryConfig, **options: Any) -> Method:
     """Nothing to learn: pictures of one story."""
 
-    def tell(pipe: ConsiStory, number: int, steps: int) -> Drawn:
+    def method(pipe: ConsiStory, task: Task) -> Drawn:
         clock = Clock()
-        return draw(pipe, number, steps, config, **options), 0.0, clock.lap()
+        return draw(pipe, task, config, **options), 0.0, clock.lap()
 
-    return tell
+    return method
 
 
-def from_photo(config: ConsistoryConfig | None, **options: Any) -> Callable[[ConsiStory, int, int], Drawn]:
+def from_photo(config: ConsistoryConfig | None, **options: Any) -> Method:
     """The given picture as the only anchor."""
 
-    def tell(pipe: ConsiStory, number: int, steps: int) -> Drawn:
+    def method(pipe: ConsiStory, task: Task) -> Drawn:
         clock = Clock()
-        picture, prompt = given_picture(pipe, number, steps)
-        kind, settings = draw_set(number)
+        picture, prompt = given_picture(pipe, task)
+        kind, settings = draw_set(task.number)
         subject = pipe.personalize(
-            [picture], prompts=[prompt], concept=kind, seed=500, steps=steps, config=config, **options
+            [picture], prompts=[prompt], concept=kind, seed=500, steps=task.steps, config=config, **options
         )
         before = clock.lap()
         prompts = [f"a {kind} {setting}" for setting in settings]
-        seeds = [1000 * number + i for i in range(IMAGES)]
+        seeds = [1000 * task.number + i for i in range(IMAGES)]
         return subject.extend(prompts=prompts, seed=seeds).images, before, clock.lap()
 
-    return tell
+    return method
 
 
-def inverted(pipe: ConsiStory, number: int, steps: int) -> Drawn:
+def inverted(pipe: ConsiStory, task: Task) -> Drawn:
     """Textual Inversion."""
     clock = Clock()
-    picture, prompt = given_picture(pipe, number, steps)
-    word = draw_set(number)[0]
-    vectors = textual_inversion.learn(
-        pipe, latents_of(pipe, picture), prompt, word, steps=TI_STEPS, rate=TI_RATE, seed=number
-    )
+    picture, prompt = given_picture(pipe, task)
+    word = draw_set(task.number)[0]
+    x0, steps = latents_of(pipe, picture), round(TI_STEPS * task.effort)
+    vectors = textual_inversion.learn(pipe, x0, prompt, word, steps=steps, rate=TI_RATE, seed=task.number)
     before = clock.lap()
     with textual_inversion.embedded(pipe, word, vectors):
-        return draw(pipe, number, steps, VANILLA), before, clock.lap()
+        return draw(pipe, task), before, clock.lap()
 
 
-def tuned(pipe: ConsiStory, number: int, steps: int) -> Drawn:
+def tuned(pipe: ConsiStory, task: Task) -> Drawn:
     """DreamBooth with a LoRA."""
     clock = Clock()
-    picture, prompt = given_picture(pipe, number, steps)
+    picture, prompt = given_picture(pipe, task)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
-        dreambooth.learn(
-            pipe, latents_of(pipe, picture), prompt, path, rank=RANK, steps=LORA_STEPS, rate=LORA_RATE, seed=number
-        )
+        x0, steps = latents_of(pipe, picture), round(LORA_STEPS * task.effort)
+        dreambooth.learn(pipe, x0, prompt, path, rank=RANK, steps=steps, rate=LORA_RATE, seed=task.number)
         other = ConsiStory.from_pretrained("sprites", loras=[(path, 1.0)])
     before = clock.lap()
-    return draw(other, number, steps, VANILLA), before, clock.lap()
+    return draw(other, task), before, clock.lap()
+
+
+def prompted(pipe: ConsiStory, task: Task) -> Drawn:
+    """IP-Adapter."""
+    clock = Clock()
+    picture, _ = given_picture(pipe, task)
+    adapter = ip_adapter.IPAdapter.load(ip_adapter.WEIGHTS, pipe.unet)
+    features = ip_adapter.features_of(Oracle.load(), torch.from_numpy(picture[None]).permute(0, 3, 1, 2) / 255)[0]
+    prompter = ip_adapter.Prompter(adapter, features)
+    before = clock.lap()
+    return draw(pipe, task, observer=prompter), before, clock.lap()
 
 
 def latents_of(pipe: ConsiStory, picture: Any) -> Tensor:
     return pipe.encode(picture[None]).clone()
 
 
-METHODS: dict[str, Callable[[ConsiStory, int, int], Drawn]] = {
+METHODS: dict[str, Method] = {
     "vanilla": at_once(VANILLA),
     "ConsiStory": at_once(ConsistoryConfig()),
     "shared attention": at_once(SHARED, anchors=IMAGES),
@@ -140,30 +152,21 @@ METHODS: dict[str, Callable[[ConsiStory, int, int], Drawn]] = {
     "ConsiStory, one photo": from_photo(None),
     "Textual Inversion": inverted,
     "DreamBooth LoRA": tuned,
+    "IP-Adapter": prompted,
 }
 
 
-def judge(pipe: ConsiStory, oracle: Oracle, name: str, number: int, steps: int) -> Scores:
-    images, before, drawing = METHODS[name](pipe, number, steps)
-    subject, settings = draw_set(number)
-    reading = oracle.read(images)
-    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
+def judge(pipe: ConsiStory, oracle: Oracle, name: str, task: Task) -> Scores:
+    images, before, drawing = METHODS[name](pipe, task)
+    return judging.judge(oracle, images, task.number) | {"before": before, "drawing": drawing}
+
+
+def summarise(table: Table) -> dict[str, Any]:
     return {
-        "subject": share(reading.subject == SUBJECTS.index(subject)),
-        "setting": share(reading.setting == wanted),
-        **agreements(reading),
-        "before": before,
-        "drawing": drawing,
+        name: {"sets": len(sets), **judging.summarise(list(sets.values()))}
+        for name in METHODS
+        if len(sets := table.get(name, {})) > 1
     }
-
-
-def summarise(table: ablation.Table) -> dict[str, Any]:
-    rows = {}
-    for name in (name for name in METHODS if len(table.get(name, {})) > 1):
-        scores = next(iter(table[name].values()))
-        rows[name] = {"sets": len(table[name])}
-        rows[name] |= {score: mean_and_error(ablation.column(table, name, score)) for score in scores}
-    return rows
 
 
 def as_text(rows: dict[str, Any]) -> str:
@@ -171,7 +174,7 @@ def as_text(rows: dict[str, Any]) -> str:
               "all": "all three"}  # fmt: skip
     lines = ["| | sets | " + " | ".join(titles.values()) + " | seconds |", "|---" * (len(titles) + 3) + "|"]
     for name, row in rows.items():
-        cells = [f"{100 * row[score]['mean']:.0f} ± {100 * row[score]['standard error']:.0f}" for score in titles]
+        cells = [in_per_cent(row[score], digits=0) for score in titles]
         seconds = f"{row['before']['mean']:.0f} + {row['drawing']['mean']:.0f}"
         lines.append(f"| {name} | {row['sets']} | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(lines)
@@ -199,24 +202,26 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sets", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    effort = 1.0
+    if args.quick:
+        args.sets, args.steps, args.out, effort = 2, 4, args.out / "quick", 0.02
+        args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
     path = args.out / "compare.json"
     about = {"images per set": IMAGES, "steps": args.steps} | machine("cpu")
     before = json.loads(path.read_text()) if path.exists() else {"about": None}
-    table: ablation.Table = before["scores"] if before["about"] == about else {}
+    table: Table = before["scores"] if before["about"] == about else {}
     for number, name in tqdm([(number, name) for number in range(args.sets) for name in args.methods]):
-        if str(number) in table.get(name, {}):
-            continue
-        table.setdefault(name, {})[str(number)] = judge(pipe, oracle, name, number, args.steps)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"about": about, "rows": summarise(table), "scores": table}) + "\n")
-        os.replace(part, path)
+        if str(number) not in table.get(name, {}):
+            table.setdefault(name, {})[str(number)] = judge(pipe, oracle, name, Task(number, args.steps, effort))
+            write(path, {"about": about, "rows": summarise(table), "scores": table})
     rows = summarise(table)
     plot(rows, args.out / "compare.png")
     print(as_text(rows))

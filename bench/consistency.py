@@ -2,40 +2,35 @@
 
     python bench/consistency.py                 # 40 sets of 5 settings -> bench/results/consistency.json
     python bench/consistency.py --sets 4        # a quick look
-    python bench/consistency.py --jobs 2 --dtype bfloat16   # a process a core: the least time where bfloat16 is fast
+    python bench/consistency.py --jobs 2        # a process a core
 
 For every set: one subject, five settings, one seed per picture. "subject" and "setting" are the shares of pictures that
 show what the prompt asks for; "main", "second" (colours) and "pattern" are the shares of picture pairs of a set that
-agree in what the prompt leaves open.
+agree in what the prompt leaves open, "all" the share that agrees in all three.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+from judging import IMAGES, Scores, as_line, judge, summarise, tell, write
+from measure import machine
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig
 
-IMAGES = 5
 pipe: ConsiStory
 oracle: Oracle
-ATTRIBUTES = ("main", "second", "pattern")
 CONFIGS: dict[str, Callable[[], ConsistoryConfig]] = {
     "vanilla": ConsistoryConfig.vanilla,
     "consistory": ConsistoryConfig,
@@ -44,13 +39,6 @@ CONFIGS: dict[str, Callable[[], ConsistoryConfig]] = {
     "reference": ConsistoryConfig.reference,
     "paper": ConsistoryConfig.paper,
 }
-
-
-def draw_set(number: int) -> tuple[str, list[str]]:
-    """The subject and the settings of a set, the same in every run."""
-    rng = np.random.default_rng(number)
-    settings = rng.choice(len(SETTINGS), IMAGES, replace=False)
-    return SUBJECTS[number % len(SUBJECTS)], [SETTINGS[i] for i in settings]
 
 
 def prepare(model: str, device: str, dtype: str, jobs: int) -> None:
@@ -62,25 +50,8 @@ def prepare(model: str, device: str, dtype: str, jobs: int) -> None:
     oracle = Oracle.load()
 
 
-def judge(name: str, steps: int, number: int) -> dict[str, float]:
-    """Scores of one set: accuracies over pictures and agreements over pairs of pictures."""
-    subject, settings = draw_set(number)
-    story = pipe(
-        subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps,
-        config=CONFIGS[name](),
-    )  # fmt: skip
-    reading = oracle.read(story.images)
-    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
-    scores = {
-        "subject": (reading.subject == SUBJECTS.index(subject)).float().mean().item(),
-        "setting": (reading.setting == wanted).float().mean().item(),
-    }
-    for name in ATTRIBUTES:
-        values = getattr(reading, name).tolist()
-        scores[name] = float(np.mean([a == b for a, b in combinations(values, 2)]))
-    triples = list(zip(*(getattr(reading, name).tolist() for name in ATTRIBUTES), strict=True))
-    scores["all three"] = float(np.mean([a == b for a, b in combinations(triples, 2)]))
-    return scores
+def judge_numbered(name: str, steps: int, number: int) -> Scores:
+    return judge(oracle, tell(pipe, number, steps, CONFIGS[name]()).images, number)
 
 
 def main() -> None:
@@ -100,24 +71,17 @@ def main() -> None:
     )
     about = {
         "sets": args.sets, "images per set": IMAGES, "steps": args.steps, "model": args.model, "jobs": args.jobs,
-        "torch": torch.__version__, "machine": platform.machine(), "device": args.device, "dtype": args.dtype,
+        "dtype": args.dtype, **machine(args.device),
     }  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for name in args.configs:
         start = time.perf_counter()
-        judged = workers.map(partial(judge, name, args.steps), range(args.sets))
-        scores = list(tqdm(judged, desc=name, total=args.sets, leave=False))
-        rows[name] = {
-            score: {
-                "mean": float(np.mean([s[score] for s in scores])),
-                "standard error": float(np.std([s[score] for s in scores], ddof=1) / len(scores) ** 0.5),
-            }
-            for score in scores[0]
-        } | {"seconds per set": (time.perf_counter() - start) / args.sets}
-        cells = [f"{score} {100 * value['mean']:.1f} ± {100 * value['standard error']:.1f}"
-                 for score, value in rows[name].items() if isinstance(value, dict)]  # fmt: skip
-        print(f"{name:14}", " | ".join(cells), f"| {rows[name]['seconds per set']:.1f} s a set", flush=True)
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        judged = workers.map(partial(judge_numbered, name, args.steps), range(args.sets))
+        rows[name] = summarise(list(tqdm(judged, desc=name, total=args.sets, leave=False)))
+        print(as_line(name, rows[name]), flush=True)
+        rows[name] |= {"seconds per set": (time.perf_counter() - start) / args.sets}
+        write(args.out, {"about": about, "rows": rows})
+
 
 if __name__ == "__main__":
     main()

@@ -11,16 +11,13 @@ as in bench/consistency.py.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS, render, sample_scenes
+from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
+from judging import Scores, Summary, agreements, alignment, as_line, draw_set, summarise, tell, write
 from measure import machine
 from torch import Tensor
 from tqdm import tqdm
@@ -38,39 +35,24 @@ RUNS = {
 }
 
 
-def draw_set(number: int) -> tuple[str, list[str], Tensor]:
-    """The subject, the settings and the silhouettes bool [IMAGES, 64, 64] of a set, the same in every run."""
-    rng = np.random.default_rng(number)
-    subject = number % len(SUBJECTS)
-    settings = [SETTINGS[i] for i in rng.choice(len(SETTINGS), IMAGES, replace=False)]
+def draw_silhouettes(number: int) -> Tensor:
+    """The silhouettes bool [IMAGES, 64, 64] of a set, the same in every run."""
     scenes = sample_scenes(IMAGES, torch.Generator().manual_seed(HELD_OUT + number), second_subject=0.0)
-    _, silhouettes = render(replace(scenes, subject=torch.full((IMAGES,), subject)))
-    return SUBJECTS[subject], settings, silhouettes
+    subject = SUBJECTS.index(draw_set(number)[0])
+    return render(replace(scenes, subject=torch.full((IMAGES,), subject)))[1]
 
 
 def judge(
     pipe: ConsiStory, net: ControlNet, oracle: Oracle, config: ConsistoryConfig, controlled: bool, weight: float,
     steps: int, number: int,
-) -> dict[str, float]:  # fmt: skip
+) -> Scores:  # fmt: skip
     """Scores of one set: means over its pictures, and agreements over pairs of pictures."""
-    subject, settings, silhouettes = draw_set(number)
+    silhouettes = draw_silhouettes(number)
     pictures = (255 * silhouettes.to(torch.uint8))[..., None].expand(-1, -1, -1, 3).numpy()
-    story = pipe(
-        subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps, config=config,
-        controls=[Control(net, pictures, weight)] if controlled else [],
-    )  # fmt: skip
-    reading = oracle.read(story.images)
+    controls = [Control(net, pictures, weight)] if controlled else []
+    reading = oracle.read(tell(pipe, number, steps, config, IMAGES, controls=controls).images)
     overlap = (reading.mask & silhouettes).sum(dim=(1, 2)) / (reading.mask | silhouettes).sum(dim=(1, 2))
-    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
-    agreements = {
-        name: float(np.mean([a == b for a, b in combinations(getattr(reading, name).tolist(), 2)]))
-        for name in ("main", "second", "pattern")
-    }
-    return {
-        "silhouette": overlap.mean().item(),
-        "subject": (reading.subject == SUBJECTS.index(subject)).float().mean().item(),
-        "setting": (reading.setting == wanted).float().mean().item(),
-    } | agreements
+    return {"silhouette": overlap.mean().item()} | alignment(reading, number) | agreements(reading)
 
 
 def main() -> None:
@@ -88,20 +70,12 @@ def main() -> None:
     about = machine(args.device) | {
         "sets": args.sets, "images per set": IMAGES, "steps": args.steps, "net": args.net, "weight": args.weight,
     }  # fmt: skip
-    rows: dict[str, Any] = {}
+    rows: dict[str, Summary] = {}
     for name in args.runs:
         sets = tqdm(range(args.sets), desc=name, leave=False)
-        scores = [judge(pipe, net, oracle, *RUNS[name], args.weight, args.steps, number) for number in sets]
-        rows[name] = {
-            score: {
-                "mean": float(np.mean([s[score] for s in scores])),
-                "standard error": float(np.std([s[score] for s in scores], ddof=1) / len(scores) ** 0.5),
-            }
-            for score in scores[0]
-        }
-        cells = [f"{score} {100 * v['mean']:.1f} ± {100 * v['standard error']:.1f}" for score, v in rows[name].items()]
-        print(f"{name:24}", " | ".join(cells), flush=True)
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        rows[name] = summarise([judge(pipe, net, oracle, *RUNS[name], args.weight, args.steps, n) for n in sets])
+        print(as_line(name, rows[name]), flush=True)
+        write(args.out, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

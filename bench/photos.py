@@ -13,7 +13,6 @@ draw it in. "setting" and "kind" are the shares of new pictures that show what t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from consistory.weights.sprites.oracle import Oracle
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, render, sample_scenes
+from judging import Scores, Summary, as_line, share, summarise, write
 from measure import machine
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -96,7 +96,7 @@ def prepare(jobs: int) -> None:
     oracle = Oracle.load()
 
 
-def judge(name: str, steps: int, number: int) -> dict[str, float]:
+def judge(name: str, steps: int, number: int) -> Scores:
     """Scores of one subject: shares of its new pictures."""
     scenes, _, settings = draw_photos(number)
     reading = oracle.read(WAYS[name](number, steps).images)
@@ -105,11 +105,11 @@ def judge(name: str, steps: int, number: int) -> dict[str, float]:
         "kind": scenes.subject[0], "main": scenes.main[0], "second": scenes.second[0], "pattern": scenes.pattern[0],
     }  # fmt: skip
     read = {name: getattr(reading, {"kind": "subject"}.get(name, name)) for name in wanted}
-    return {name: (read[name] == wanted[name]).float().mean().item() for name in wanted}
+    return {name: share(read[name] == wanted[name]) for name in wanted}
 
 
 @torch.inference_mode()
-def reconstruct(steps: int, number: int) -> dict[str, float]:
+def reconstruct(steps: int, number: int) -> Scores:
     """How far sampling with a photo's noise maps ends from it: in latents, and in decibels from their picture."""
     _, photos, _ = draw_photos(number)
     recipe = pipe.personalize(list(photos), subject=f"a {SUBJECTS[number % len(SUBJECTS)]}", steps=steps).recipe
@@ -145,20 +145,12 @@ def main() -> None:
         "subjects": args.subjects, "photos each": PHOTOS, "new pictures each": NEW, "steps": args.steps,
         **machine("cpu"),
     }  # fmt: skip
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Summary] = {}
     for name in args.ways:
         judged = workers.map(partial(judge, name, args.steps), range(args.subjects))
-        scores = list(tqdm(judged, desc=name, total=args.subjects, leave=False))
-        rows[name] = {
-            score: {
-                "mean": float(np.mean([s[score] for s in scores])),
-                "standard error": float(np.std([s[score] for s in scores], ddof=1) / len(scores) ** 0.5),
-            }
-            for score in scores[0]
-        }
-        cells = [f"{score} {100 * v['mean']:.1f} ± {100 * v['standard error']:.1f}" for score, v in rows[name].items()]
-        print(f"{name:22}", " | ".join(cells), flush=True)
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        rows[name] = summarise(list(tqdm(judged, desc=name, total=args.subjects, leave=False)))
+        print(as_line(name, rows[name]), flush=True)
+        write(args.out, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ there from the same noise. It tells what becomes of separate subjects where cros
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +34,8 @@ import torch.nn.functional as F
 from consistory.weights.sprites.loop import generator_for
 from consistory.weights.sprites.oracle import Oracle, Reading
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS, render, sample_scenes
+from judging import AGREEMENTS, as_line, summarise, write
+from measure import machine
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +44,6 @@ from consistory import ConsiStory, ConsistoryConfig, masks, story
 from consistory.masks import Size
 
 IMAGES = 4
-ATTRIBUTES = ("main", "second", "pattern")
 SEPARATE = ConsistoryConfig(separate_subjects=True)
 CONFIGS = {
     "vanilla": ConsistoryConfig.vanilla(),
@@ -123,7 +122,7 @@ def reading_accuracy(oracle: Oracle, scenes: int = 500) -> dict[str, float]:
     halves = read_halves(oracle, (images * 255).round().byte().permute(0, 2, 3, 1))
     right = swapped(halves, torch.stack([truth.subject, truth.subject2]))
     scores = {"side": (right == (truth.x > 32)).float().mean().item()}
-    for name in ("subject", *ATTRIBUTES):
+    for name in ("subject", *AGREEMENTS):
         first = torch.where(right, getattr(halves[1], name), getattr(halves[0], name))
         scores[name] = (first == getattr(truth, name)).float().mean().item()
     return scores
@@ -161,21 +160,11 @@ def judge(images: NDArray[np.uint8], maps: Maps | None, oracle: Oracle, number: 
     scores = {
         "kinds": float(np.mean([pair == tuple(kinds.tolist()) for pair in zip(*found, strict=True)])),
         "setting": (oracle.read(images).setting == wanted).float().mean().item(),
-        **{attribute: agreement(each(attribute)) for attribute in ATTRIBUTES},
+        **{attribute: agreement(each(attribute)) for attribute in AGREEMENTS},
         "crossed": float(np.mean([main[0][i] == main[1][j] for i, j in permutations(range(IMAGES), 2)])),
         "alike": float(np.mean([one == other for one, other in zip(*main, strict=True)])),
     }
     return scores | (judge_maps(maps, right) if maps else {}), right
-
-
-def summary(sets: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard error of every score."""
-
-    def of(values: list[float]) -> dict[str, float]:
-        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        return {"mean": float(np.mean(values)), "standard error": error}
-
-    return {score: of([each[score] for each in sets]) for score in sets[0]}
 
 
 def differences(sets: list[dict[str, float]], base: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -196,8 +185,7 @@ def main() -> None:
     pipe = ConsiStory.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     oracle = Oracle.load()
     about = {
-        "images per set": IMAGES, "steps": args.steps, "model": args.model, "torch": torch.__version__,
-        "machine": platform.machine(), "device": args.device, "dtype": args.dtype,
+        "images per set": IMAGES, "steps": args.steps, "model": args.model, "dtype": args.dtype, **machine(args.device),
         "reading of rendered pictures": reading_accuracy(oracle),
     }  # fmt: skip
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in CONFIGS}
@@ -213,15 +201,14 @@ def main() -> None:
             judged, right = judge(told.images, watch.maps, oracle, number)
             plain_right = right if plain_right is None else plain_right
             scores[name].append(judged)
-        rows = {name: summary(sets) for name, sets in scores.items()} | {
-            f"{name} - union": summary(differences(sets, scores["union"]))
+        rows = {name: summarise(sets) for name, sets in scores.items()} | {
+            f"{name} - union": summarise(differences(sets, scores["union"]))
             for name, sets in scores.items()
             if "separate" in name
         }
-        args.out.write_text(json.dumps({"about": about | {"sets": number + 1}, "rows": rows}, indent=1) + "\n")
+        write(args.out, {"about": about | {"sets": number + 1}, "rows": rows})
     for name, row in rows.items():
-        cells = (f"{score} {100 * x['mean']:.1f} ± {100 * x['standard error']:.1f}" for score, x in row.items())
-        print(f"{name:50}", " | ".join(cells))
+        print(as_line(name, row))
 
 
 if __name__ == "__main__":

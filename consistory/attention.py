@@ -54,6 +54,28 @@ class AttentionControl:
         """Sees the output of decoder block `index`, after its upsampler and as FreeU scales it: [B, C, h, w]."""
 
 
+class Around(AttentionControl):
+    """Does what another control does; a subclass adds something of its own around that."""
+
+    def __init__(self, inner: AttentionControl) -> None:
+        self.inner = inner
+
+    def self_input(self, x: Tensor, site: Site) -> None:
+        self.inner.self_input(x, site)
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return self.inner.self_attention(q, k, v, site)
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return self.inner.cross_attention(q, k, v, site)
+
+    def self_output(self, x: Tensor, site: Site) -> Tensor:
+        return self.inner.self_output(x, site)
+
+    def decoder_features(self, x: Tensor, index: int) -> None:
+        self.inner.decoder_features(x, index)
+
+
 class Attention(nn.Module):
     """The projections around an attention; the attention itself is the control's."""
 

@@ -35,7 +35,7 @@ from consistory.kernels.otsu import otsu_threshold
 from consistory.weights.errors import ConsistoryError
 
 from . import ddim
-from .attention import AttentionControl, Site
+from .attention import Around, AttentionControl, Site
 from .images import Pixels, check_can_save, encode_jpeg, encode_png, write_atomically
 from .injection import plan_injection
 from .masks import Size, average_maps
@@ -101,24 +101,16 @@ class Notes:
     aside: float = 0.0
 
 
-class Watched(AttentionControl):
+class Watched(Around):
     """A control with someone looking on: `look` sees the queries and keys of every self-attention."""
 
-    def __init__(self, control: AttentionControl, look: Callable[[Tensor, Tensor, Site], None]) -> None:
-        self.inner, self.look = control, look
+    def __init__(self, inner: AttentionControl, look: Callable[[Tensor, Tensor, Site], None]) -> None:
+        super().__init__(inner)
+        self.look = look
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         self.look(q, k, site)
-        return self.inner.self_attention(q, k, v, site)
-
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        return self.inner.cross_attention(q, k, v, site)
-
-    def self_output(self, x: Tensor, site: Site) -> Tensor:
-        return self.inner.self_output(x, site)
-
-    def decoder_features(self, x: Tensor, index: int) -> None:
-        self.inner.decoder_features(x, index)
+        return super().self_attention(q, k, v, site)
 
 
 class Trace(Observer):

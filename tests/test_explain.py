@@ -121,6 +121,13 @@ def test_looking_changes_nothing(pipe: ConsiStory, config: ConsistoryConfig) -> 
     assert torch.equal(seen.latents, unseen.latents)
 
 
+def test_looking_leaves_a_recording_as_it_is(pipe: ConsiStory, tmp_path: Path) -> None:
+    files = tmp_path / "seen.safetensors", tmp_path / "unseen.safetensors"
+    pipe(**CALL, record=files[0], observer=Trace())
+    pipe(**CALL, record=files[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_readings_are_the_attention_that_the_operator_computes(watched: tuple[Listener, Story]) -> None:
     """The definition of the operator, with values that tell the keys apart, returns the probabilities."""
     trace, _ = watched

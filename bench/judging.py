@@ -1,0 +1,93 @@
+"""What the measurements on `sprites` share: seeded sets of prompts, the oracle's scores, means with standard errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from consistory.weights.sprites.oracle import Oracle, Reading
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS
+from torch import Tensor
+
+from consistory import ConsiStory, ConsistoryConfig, Story
+
+IMAGES = 5
+AGREEMENTS = ("main", "second", "pattern")  # what prompts leave open: both colours, and the pattern
+Scores = dict[str, float]
+Summary = dict[str, dict[str, float]]  # {score: {"mean": ..., "standard error": ...}}
+
+
+def draw_set(number: int, images: int = IMAGES) -> tuple[str, list[str]]:
+    """The subject and the settings of a set, the same in every run."""
+    settings = np.random.default_rng(number).choice(len(SETTINGS), images, replace=False)
+    return SUBJECTS[number % len(SUBJECTS)], [SETTINGS[i] for i in settings]
+
+
+def tell(
+    pipe: ConsiStory, number: int, steps: int, config: ConsistoryConfig, images: int = IMAGES, **options: Any
+) -> Story:
+    """A set's story, from seeds that count up from 1000 times its number."""
+    subject, settings = draw_set(number, images)
+    return pipe(
+        subject=f"a {subject}", settings=settings, concepts=[subject], seed=1000 * number, steps=steps, config=config,
+        **options,
+    )  # fmt: skip
+
+
+def judge(oracle: Oracle, images: Any, number: int) -> Scores:
+    """Every score of a set's pictures, uint8 [N, 64, 64, 3]."""
+    reading = oracle.read(images)
+    return alignment(reading, number) | agreements(reading)
+
+
+def alignment(reading: Reading, number: int) -> Scores:
+    """Shares of the pictures that show the subject, and the setting, that the prompt asks for."""
+    subject, settings = draw_set(number, len(reading.setting))
+    wanted = torch.tensor([SETTINGS.index(setting) for setting in settings])
+    return {
+        "subject": share(reading.subject == SUBJECTS.index(subject)),
+        "setting": share(reading.setting == wanted),
+    }
+
+
+def agreements(reading: Reading) -> Scores:
+    """Shares of the pairs of pictures that agree in what the prompt leaves open; "all": in all three."""
+    read = {name: getattr(reading, name).tolist() for name in AGREEMENTS}
+    read["all"] = list(zip(*read.values(), strict=True))
+    return {name: float(np.mean([a == b for a, b in combinations(values, 2)])) for name, values in read.items()}
+
+
+def share(right: Tensor) -> float:
+    return right.float().mean().item()
+
+
+def mean_and_error(values: Iterable[float]) -> dict[str, float]:
+    """Mean and standard error of those that are known, that is, not NaN."""
+    known = [value for value in values if not np.isnan(value)]
+    error = float(np.std(known, ddof=1) / len(known) ** 0.5) if len(known) > 1 else float("nan")
+    return {"mean": float(np.mean(known)), "standard error": error}
+
+
+def summarise(sets: Sequence[Scores]) -> Summary:
+    return {score: mean_and_error(scores[score] for scores in sets) for score in sets[0]}
+
+
+def in_per_cent(value: Mapping[str, float], digits: int = 1) -> str:
+    return f"{100 * value['mean']:.{digits}f} ± {100 * value['standard error']:.{digits}f}"
+
+
+def as_line(name: str, summary: Summary) -> str:
+    return f"{name:32} " + " | ".join(f"{score} {in_per_cent(value)}" for score, value in summary.items())
+
+
+def write(path: Path, content: Any) -> None:
+    """As JSON, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
