@@ -4,7 +4,7 @@
     python bench/ablation.py --quick       # a few sets, in bench/results/quick/
 
 For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims about
-consistency rest on have 100 sets, those about diversity 50, the others 16. Ten steps, in which injection takes steps 1
+consistency rest on have 100 sets, those about diversity 30, the others 8. Ten steps, in which injection takes steps 1
 to 3 and features are taken at step 7.
 
 consistency   main, second, pattern: pairs of pictures of a set that agree in what the prompt leaves open; all: in all
@@ -22,12 +22,10 @@ Every claim is a difference of two rows on the same sets; it counts if it exceed
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,10 +36,21 @@ import torch.nn.functional as F
 from baselines.ip_adapter import features_of
 from consistory.kernels.injection import inject
 from consistory.weights.sprites.oracle import Oracle, Reading
-from judging import IMAGES, Scores, agreements, alignment, in_per_cent, mean_and_error, tell, write
+from judging import (
+    IMAGES,
+    Scores,
+    Table,
+    agreements,
+    alignment,
+    in_per_cent,
+    judge_missing,
+    mean_and_error,
+    read_table,
+    tell,
+    write,
+)
 from measure import machine
 from torch import Tensor
-from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, Story, ddim
 from consistory.correspondence import nearest_patches, smooth
@@ -49,7 +58,6 @@ from consistory.injection import Injection
 from consistory.story import State, guided_output
 
 STEPS = 10
-Table = dict[str, dict[str, Scores]]  # {row: {number of a set: scores}}
 pipe: ConsiStory
 oracle: Oracle
 
@@ -58,7 +66,7 @@ oracle: Oracle
 class Row:
     config: ConsistoryConfig
     anchors: int = 2
-    sets: int = 16
+    sets: int = 8
     in_order: bool = True
 
 
@@ -68,8 +76,8 @@ ROWS = {
     "full": Row(FULL, sets=100),
     "no SDSA": Row(replace(FULL, sdsa=False), sets=100),
     "no injection": Row(replace(FULL, injection=False), sets=100),
-    "no dropout": Row(replace(FULL, dropout=0.0), sets=50),
-    "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=50),
+    "no dropout": Row(replace(FULL, dropout=0.0), sets=30),
+    "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=30),
     "no blending": Row(replace(FULL, query_blend=None)),
     "no mask": Row(replace(FULL, masking=False)),
     "dropout 0.15": Row(replace(FULL, dropout=0.15)),
@@ -172,7 +180,7 @@ def prepare() -> None:
     pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
 
 
-def judge_named(name: str, number: int, steps: int) -> Scores:
+def judge_named(steps: int, name: str, number: int) -> Scores:
     return judge(ROWS[name], number, steps)
 
 
@@ -223,74 +231,66 @@ def as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Consistency against alignment (Fig. 8) and against diversity, for dropouts (A.4) and numbers of anchors (A.5)."""
+def plot(table: Table, path: Path) -> None:
+    """Consistency against alignment (Fig. 8), and against diversity, by dropout (A.4) and number of anchors (A.5).
+
+    Rows in one panel are compared on the sets that all of them have.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = summary["rows"]
-
-    def show(axes: Any, names: dict[str, str], score: str, join: bool) -> None:
-        known = [name for name in names if name in rows]
-        x, y = ([100 * rows[name][s]["mean"] for name in known] for s in (score, "all"))
-        x_error, y_error = ([100 * rows[name][s]["standard error"] for name in known] for s in (score, "all"))
-        axes.errorbar(x, y, y_error, x_error, fmt="o-" if join else "o", color="#2b6cb0", ecolor="#bbbbbb", lw=1)
-        for name, *at in zip(known, x, y, strict=True):
-            axes.annotate(names[name], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    def show(axes: Any, names: dict[str, str], score: str, joined: bool) -> None:
+        common = set.intersection(*(set(table[name]) for name in names))
+        points = {
+            name: [mean_and_error(100 * table[name][n][s] for n in sorted(common)) for s in (score, "all")]
+            for name in names
+        }
+        for i, (name, (x, y)) in enumerate(points.items()):
+            at = x["mean"], y["mean"]
+            axes.errorbar(*at, y["standard error"], x["standard error"], fmt="o", color="#2b6cb0", ecolor="#cccccc")
+            below_or_above = (-11, 4)[i % 2]  # neighbours in the table often are so in the plot
+            axes.annotate(names[name], at, xytext=(5, below_or_above), textcoords="offset points", fontsize=8)
+        if joined:
+            line = [[x["mean"], y["mean"]] for name, (x, y) in points.items() if name != "vanilla"]
+            axes.plot(*zip(*line, strict=True), color="#2b6cb0", lw=1)
         axes.set_xlabel({"setting": "setting right (%)", "displacement": "displacement (% of the side)"}[score])
+        axes.set_title(f"{len(common)} sets", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
 
-    figure, (parts, dropouts, anchors) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    show(parts, {name: name for name, row in ROWS.items() if row.sets >= 50}, "setting", join=False)
-    show(dropouts, {"vanilla": "vanilla"}, "displacement", join=False)
-    show(dropouts, {name: f"dropout {p:g}" for name, p in DROPOUTS.items()}, "displacement", join=True)
-    show(anchors, {name: f"{n} anchor{'s' * (n > 1)}" for name, n in ANCHORS.items()}, "displacement", join=True)
-    parts.set_ylabel("pairs that agree in colours and pattern (%)")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharey=True, layout="constrained")
+    parts = {name: name for name, row in ROWS.items() if row.sets >= 30}
+    dropouts = {"vanilla": "vanilla"} | {name: f"dropout {p:g}" for name, p in DROPOUTS.items()}
+    anchors = {name: f"{n} anchor{'s' * (n > 1)}" for name, n in ANCHORS.items()}
+    show(axes[0, 0], parts, "setting", joined=False)
+    show(axes[0, 1], parts, "displacement", joined=False)
+    show(axes[1, 0], dropouts, "displacement", joined=True)
+    show(axes[1, 1], anchors, "displacement", joined=True)
+    figure.supylabel("pairs that agree in colours and pattern (%)", fontsize=10)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def save(path: Path, about: dict[str, Any], table: Table) -> dict[str, Any]:
-    summary = summarise(table)
-    write(path, {"about": about} | summary | {"scores": table})
-    return summary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each, that share the sets out")
     parser.add_argument("--quick", action="store_true", help="two sets a row, four steps")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no set later; run again to go on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     out, steps = (args.out / "quick", 4) if args.quick else (args.out, STEPS)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "ablation.json"
     about = {"images per set": IMAGES, "steps": steps, "dtype": "float32", "torch": torch.__version__}
-    table: Table = {}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if {key: before["about"].get(key) for key in about} == about:
-            table = before["scores"]
+    table = read_table(out / "ablation.json", about)
     about |= machine("cpu") | {"threads": "1"}
 
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare) as workers:
-        todo = missing(table, lambda row: 2 if args.quick else row.sets)
-        futures = {workers.submit(judge_named, name, number, steps): (name, number) for name, number in todo}
-        progress = tqdm(as_completed(futures), total=len(futures))
-        for future in progress:
-            if future.cancelled():
-                continue
-            name, number = futures[future]
-            table.setdefault(name, {})[str(number)] = future.result()
-            save(path, about, table)
-            if progress.format_dict["elapsed"] > 60 * args.minutes:
-                for waiting in futures:
-                    waiting.cancel()
-    summary = save(path, about, table)
-    plot(summary, out / "ablation.png")
+    def save(table: Table) -> None:
+        write(out / "ablation.json", {"about": about} | summarise(table) | {"scores": table})
+
+    todo = missing(table, lambda row: 2 if args.quick else row.sets)
+    judge_missing(table, todo, partial(judge_named, steps), prepare, args.jobs, save)
+    summary = summarise(table)
+    plot(table, out / "ablation.png")
     print(as_text(summary))
 
 

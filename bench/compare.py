@@ -1,6 +1,6 @@
 """How do others keep a subject, and how long does it take? Stories on `sprites`, judged by the oracle.
 
-    python bench/compare.py             # 5 sets of 5 settings -> bench/results/compare.json and compare.png
+    python bench/compare.py             # 4 sets of 5 settings -> bench/results/compare.json and compare.png
     python bench/compare.py --quick     # 2 sets, 4 steps, next to no training, in bench/results/quick/
 
 For every set: one subject, five settings, one seed per picture. Whoever has to learn the subject learns it from one
@@ -16,23 +16,21 @@ reads the one given, noised.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import judging
 import torch
-from ablation import Table
 from baselines import dreambooth, ip_adapter, textual_inversion
 from consistory.weights.sprites.oracle import Oracle
-from judging import IMAGES, Scores, draw_set, in_per_cent, tell, write
+from judging import IMAGES, Scores, Table, draw_set, in_per_cent, judge_missing, read_table, tell, write
 from measure import machine
 from torch import Tensor
-from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig
 
@@ -62,6 +60,8 @@ class Task:
     effort: float = 1.0
 
 
+pipe: ConsiStory
+oracle: Oracle
 Drawn = tuple[Any, float, float]  # pictures uint8 [5, H, W, 3], seconds before the first, seconds of drawing
 Method = Callable[[ConsiStory, Task], Drawn]
 
@@ -156,9 +156,16 @@ METHODS: dict[str, Method] = {
 }
 
 
-def judge(pipe: ConsiStory, oracle: Oracle, name: str, task: Task) -> Scores:
-    images, before, drawing = METHODS[name](pipe, task)
-    return judging.judge(oracle, images, task.number) | {"before": before, "drawing": drawing}
+def prepare() -> None:
+    """What every process holds."""
+    global pipe, oracle
+    torch.set_num_threads(1)
+    pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
+
+
+def judge(steps: int, effort: float, name: str, number: int) -> Scores:
+    images, before, drawing = METHODS[name](pipe, Task(number, steps, effort))
+    return judging.judge(oracle, images, number) | {"before": before, "drawing": drawing}
 
 
 def summarise(table: Table) -> dict[str, Any]:
@@ -202,26 +209,26 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=5)
+    parser.add_argument("--sets", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each, that share the work out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     effort = 1.0
     if args.quick:
         args.sets, args.steps, args.out, effort = 2, 4, args.out / "quick", 0.02
-        args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
-    path = args.out / "compare.json"
-    about = {"images per set": IMAGES, "steps": args.steps} | machine("cpu")
-    before = json.loads(path.read_text()) if path.exists() else {"about": None}
-    table: Table = before["scores"] if before["about"] == about else {}
-    for number, name in tqdm([(number, name) for number in range(args.sets) for name in args.methods]):
-        if str(number) not in table.get(name, {}):
-            table.setdefault(name, {})[str(number)] = judge(pipe, oracle, name, Task(number, args.steps, effort))
-            write(path, {"about": about, "rows": summarise(table), "scores": table})
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"images per set": IMAGES, "steps": args.steps, "effort": effort, **machine("cpu"), "threads": "1"}
+    table = read_table(args.out / "compare.json", about)
+
+    def save(table: Table) -> None:
+        write(args.out / "compare.json", {"about": about, "rows": summarise(table), "scores": table})
+
+    tasks = [(name, number) for number in range(args.sets) for name in args.methods]
+    todo = [(name, number) for name, number in tasks if str(number) not in table.get(name, {})]
+    judge_missing(table, todo, partial(judge, args.steps, effort), prepare, args.jobs, save)
     rows = summarise(table)
     plot(rows, args.out / "compare.png")
     print(as_text(rows))

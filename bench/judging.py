@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from consistory.weights.sprites.oracle import Oracle, Reading
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 from torch import Tensor
+from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, Story
 
@@ -21,6 +24,7 @@ IMAGES = 5
 AGREEMENTS = ("main", "second", "pattern")  # what prompts leave open: both colours, and the pattern
 Scores = dict[str, float]
 Summary = dict[str, dict[str, float]]  # {score: {"mean": ..., "standard error": ...}}
+Table = dict[str, dict[str, Scores]]  # {row: {number of a set: scores}}
 
 
 def draw_set(number: int, images: int = IMAGES) -> tuple[str, list[str]]:
@@ -84,6 +88,30 @@ def in_per_cent(value: Mapping[str, float], digits: int = 1) -> str:
 
 def as_line(name: str, summary: Summary) -> str:
     return f"{name:32} " + " | ".join(f"{score} {in_per_cent(value)}" for score, value in summary.items())
+
+
+def judge_missing(
+    table: Table, tasks: Sequence[tuple[str, int]], judge: Callable[[str, int], Scores], prepare: Callable[[], None],
+    jobs: int, save: Callable[[Table], None],
+) -> None:  # fmt: skip
+    """Fill a table with the scores of rows and numbered sets, by so many processes of one thread each.
+
+    prepare: called once in every process.  save: called whenever a set is done.
+    """
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare) as workers:
+        futures = {workers.submit(judge, name, number): (name, number) for name, number in tasks}
+        for future in tqdm(as_completed(futures), total=len(futures)):
+            name, number = futures[future]
+            table.setdefault(name, {})[str(number)] = future.result()
+            save(table)
+
+
+def read_table(path: Path, about: Mapping[str, Any]) -> Table:
+    """What an earlier run under the same conditions has left."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    return before["scores"] if {key: before["about"].get(key) for key in about} == about else {}
 
 
 def write(path: Path, content: Any) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,7 +82,6 @@ WAYS: dict[str, Callable[[int, int], Story]] = {
     "photos read each other": personalized(anchors_read=True),
     "noise": personalized(method="noise"),
     "dropout 0.5": personalized(config=ConsistoryConfig()),
-    "no injection": personalized(config=replace(ConsistoryConfig.photos(), injection=False)),
 }
 
 

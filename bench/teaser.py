@@ -21,13 +21,16 @@ def main() -> None:
     parser.add_argument("--subject", default="a cat")
     parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--model", default="sprites")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "teaser.png")
     args = parser.parse_args()
 
     pipe = ConsiStory.from_pretrained(args.model)
     rows = [
-        make_grid(pipe(subject=args.subject, settings=args.settings, seed=args.seed, config=config).images)
+        make_grid(
+            pipe(subject=args.subject, settings=args.settings, seed=args.seed, steps=args.steps, config=config).images
+        )
         for config in (ConsistoryConfig.vanilla(), ConsistoryConfig())
     ]
     gap = np.full((16, *rows[0].shape[1:]), 255, np.uint8)

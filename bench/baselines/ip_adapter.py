@@ -108,8 +108,8 @@ class IPAdapter(nn.Module):
         """A file with the published names, for a UNet like this one."""
         tensors = load_file(path)
         adapter = cls(unet, features=tensors["image_proj.proj.weight"].shape[1])
-        adapter.load_state_dict({name: value.float() for name, value in tensors.items()})
-        return adapter.requires_grad_(False)
+        adapter.load_state_dict(tensors)
+        return adapter.to(unet.conv_in.weight).requires_grad_(False)
 
 
 class Decoupled(Around):
@@ -128,6 +128,7 @@ class Prompter(Observer):
     """Prompts every picture of a story with the features [F] of one: `pipe(..., observer=Prompter(...))`."""
 
     def __init__(self, adapter: IPAdapter, features: Tensor, scale: float = 1.0):
+        features = features.to(adapter.image_proj.proj.weight)
         self.keys_values, self.scale = adapter(torch.stack([torch.zeros_like(features), features])), scale
 
     def control(self, plan: Plan, state: State, control: Consistent) -> AttentionControl:
