@@ -1,7 +1,7 @@
 """How do others keep a subject, and how long does it take? Stories on `sprites`, judged by the oracle.
 
     python bench/compare.py             # 4 sets of 5 settings -> bench/results/compare.json and compare.png
-    python bench/compare.py --quick     # 2 sets, 4 steps, next to no training, in bench/results/quick/
+    python bench/compare.py --quick     # 2 sets, 3 steps, next to no training, in bench/results/quick/
 
 For every set: one subject, five settings, one seed per picture. Whoever has to learn the subject learns it from one
 picture, the one that the plain model draws of the first setting. Scores as in bench/ablation.py. Times are processor
@@ -219,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     effort = 1.0
     if args.quick:
-        args.sets, args.steps, args.out, effort = 2, 4, args.out / "quick", 0.02
+        args.sets, args.steps, args.out, effort = 2, 3, args.out / "quick", 0.02
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"images per set": IMAGES, "steps": args.steps, "effort": effort, **machine("cpu"), "threads": "1"}
     table = read_table(args.out / "compare.json", about)

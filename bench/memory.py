@@ -66,7 +66,6 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 # the second; and one that does neither while the first pass's state is kept. A story of 50 has 47 more cross-attention
 # maps, 4 KiB each a picture.
 STEPS = 3
-CHECKED = (64, 128)  # pixels: sizes of the story that is counted in three ways
 CONFIG = ConsistoryConfig(query_blend=QueryBlend(fraction=1 / 3), injection_window=(1 / 3, 1 / 3))
 
 
@@ -369,7 +368,8 @@ def resident() -> int:
 
 def checked(size: int) -> dict[str, float]:
     """`compare_countings` in a process whose freed memory goes back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, __file__, "--check-only", "--size", str(size)]
     return json.loads(subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -380,6 +380,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[3, 4, 8])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--size", type=int, default=1024, help="pixels")
+    parser.add_argument(
+        "--check", type=int, nargs="+", default=[64, 128], help="pixels: sizes of the story that is counted in three ways"
+    )
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     args = parser.parse_args()
@@ -397,7 +400,7 @@ def main() -> None:
             place = meter.places.get(max(meter.peaks, key=meter.peaks.__getitem__), "")
             rows.append({"option": name, "pictures": images, **in_gib(meter), "at": place})
             print(*list(table(rows))[-1 if len(rows) > 1 else 0 :], sep="\n", flush=True)
-    check = {f"{size}x{size}": checked(size) for size in CHECKED}
+    check = {f"{size}x{size}": checked(size) for size in args.check}
     for size, found in check.items():
         print(f"peak of a story on the CPU, sprites, {size}, MiB:", ", ".join(f"{k} {v:.0f}" for k, v in found.items()))
     about = machine("cpu" if modelled else "cuda") | {

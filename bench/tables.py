@@ -23,12 +23,12 @@ from measure import machine
 BENCH = Path(__file__).parent
 # What to run, what else in earnest, what else in small.
 MEASUREMENTS = {
-    "teaser": ("", "--steps 10"),
+    "teaser": ("", "--steps 3"),
     "story": ("", ""),
-    "memory": ("", "--images 3 --options plain"),
+    "memory": ("", "--images 3 --options plain --check 64"),
     "ablation": ("--jobs {jobs}", "--jobs {jobs} --quick"),
     "compare": ("--jobs {jobs}", "--jobs {jobs} --quick"),
-    "photos": ("--jobs {jobs} --steps 20", "--jobs {jobs} --steps 4 --subjects 2"),
+    "photos": ("--jobs {jobs} --steps 20", "--jobs {jobs} --steps 3 --subjects 2"),
 }
 SUFFIXES = {"teaser": ".png"}
 FOLDERS = ("ablation", "compare")  # take a folder and name their files themselves; --quick, they make a folder in it
