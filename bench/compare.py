@@ -33,6 +33,7 @@ from measure import machine
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig
+from consistory.ip_adapter import IPAdapter
 
 TI_STEPS, TI_RATE = 150, 3e-2
 LORA_STEPS, LORA_RATE, RANK = 120, 3e-3, 4
@@ -133,11 +134,10 @@ def prompted(pipe: ConsiStory, task: Task) -> Drawn:
     """IP-Adapter."""
     clock = Clock()
     picture, _ = given_picture(pipe, task)
-    adapter = ip_adapter.IPAdapter.load(ip_adapter.WEIGHTS, pipe.unet)
     features = ip_adapter.features_of(Oracle.load(), torch.from_numpy(picture[None]).permute(0, 3, 1, 2) / 255)[0]
-    prompter = ip_adapter.Prompter(adapter, features)
+    other = pipe.with_picture(IPAdapter.load(ip_adapter.WEIGHTS, pipe.unet), features)
     before = clock.lap()
-    return draw(pipe, task, observer=prompter), before, clock.lap()
+    return draw(other, task), before, clock.lap()
 
 
 def latents_of(pipe: ConsiStory, picture: Any) -> Tensor:

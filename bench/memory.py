@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument(
-        "--check", type=int, nargs="+", default=[64, 128], help="pixels: sizes of the story that is counted in three ways"
+        "--check", type=int, nargs="+", default=[64, 128], help="pixels, of the stories that are counted in three ways"
     )
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -28,8 +29,20 @@ class Site:
     stride: int
 
 
-# What cross-attention reads: the context [B, T, C'], or every layer's keys and values [B, H, T, d] made from it before.
-Prompt = Tensor | Mapping[Site, tuple[Tensor, Tensor]]
+class PromptKeys(NamedTuple):
+    """What a cross-attention layer makes of a prompt, at every timestep the same.
+
+    k, v: keys and values [B, H, T, d].
+    picture: keys and values of a picture that prompts, too, and is attended to by itself; see `consistory.ip_adapter`.
+    """
+
+    k: Tensor
+    v: Tensor
+    picture: tuple[Tensor, Tensor] | None = None
+
+
+# What cross-attention reads: the context [B, T, C'], or what every layer has made of it before.
+Prompt = Tensor | Mapping[Site, PromptKeys]
 
 
 class AttentionControl:
@@ -138,8 +151,12 @@ class TransformerBlock(nn.Module):
         control.self_input(y, self.site)
         heads = control.self_attention(self.attn1.queries(y), *self.attn1.keys_values(y), self.site)
         x = x + control.self_output(self.attn1.output(heads), self.site)
-        k, v = self.attn2.keys_values(prompt) if isinstance(prompt, Tensor) else prompt[self.site]
-        x = x + self.attn2.output(control.cross_attention(self.attn2.queries(self.norm2(x)), k, v, self.site))
+        own = PromptKeys(*self.attn2.keys_values(prompt)) if isinstance(prompt, Tensor) else prompt[self.site]
+        q = self.attn2.queries(self.norm2(x))
+        heads = control.cross_attention(q, own.k, own.v, self.site)
+        if own.picture is not None:
+            heads = heads + F.scaled_dot_product_attention(q, *own.picture)
+        x = x + self.attn2.output(heads)
         return x + self.ff(self.norm3(x))
 
 

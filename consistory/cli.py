@@ -311,9 +311,23 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
     memory = {"offload": args.offload, "tile": args.tile}
+    picture = None if args.ip_adapter is None else read_picture(Path(args.ip_adapter[-1]))
     if args.single_file is not None:
-        return ConsiStory.from_single_file(args.single_file, **options, **memory)
-    return ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
+        pipe = ConsiStory.from_single_file(args.single_file, **options, **memory)
+    else:
+        pipe = ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
+    return pipe if picture is None else with_picture(args, pipe, picture)
+
+
+def with_picture(args: argparse.Namespace, pipe: ConsiStory, picture: Pixels) -> ConsiStory:
+    """The model with an IP-Adapter. Its image encoder runs on the CPU: the same features on every device."""
+    from .clip import ImageEncoder
+    from .ip_adapter import IPAdapter
+
+    file, encoder, _ = args.ip_adapter
+    adapter = IPAdapter.load(file, pipe.unet)
+    features = ImageEncoder.from_pretrained(encoder).embed([picture])[0]
+    return pipe.with_picture(adapter, features, args.ip_adapter_weight)
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -643,6 +657,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--lora", metavar="FILE[:WEIGHT]", type=file_and_weight, action="append", default=[],
         help="a LoRA to merge into the model, in a .safetensors file; repeat it for several (default weight: 1)",
+    )
+    model.add_argument(
+        "--ip-adapter", metavar=("FILE", "ENCODER", "PICTURE"), nargs=3,
+        help="let a picture prompt beside the words: an IP-Adapter of SDXL in a .safetensors file, the folder of the "
+        "image encoder that it was trained with, and the picture",
+    )
+    model.add_argument(
+        "--ip-adapter-weight", metavar="W", type=float, default=1.0,
+        help="how much the picture counts beside the words (default: 1)",
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(

@@ -98,14 +98,41 @@ class Preparation:
 
 
 @dataclass(frozen=True)
+class ImageEncoder:
+    """The half for pictures: `ImageEncoder.from_pretrained(folder)`."""
+
+    vision: VisionEncoder
+    prepare: Preparation
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> ImageEncoder:
+        """Load a folder in transformers' layout, of this encoder or of a whole CLIP, in float32.
+
+        Raises ConsistoryError for a missing, damaged or unsuitable folder and for an unknown device.
+        """
+        folder, device = Path(folder), usable_device(device)
+        config, tensors = loading.image_encoder(folder)
+        vision, settings = VisionConfig.from_json(config), folder / "preprocessor_config.json"
+        return cls(
+            loading.load_module(lambda: VisionEncoder(vision), tensors, dtype=torch.float32, device=device),
+            Preparation.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
+        )
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Pixels]) -> Tensor:
+        """Pictures, uint8 [H, W, 3] each -> features, float32 [N, D]. Raises ConsistoryError without Pillow."""
+        pixels = torch.stack([self.prepare(image) for image in images]).to(self.vision.visual_projection.weight.device)
+        return torch.cat([self.vision(batch) for batch in pixels.split(BATCH)]).cpu()
+
+
+@dataclass(frozen=True)
 class CLIP:
     """Both encoders: `CLIP.from_pretrained(folder)`. Vectors have length 1, so that a dot product is a cosine."""
 
     name: str
     tokenizer: Tokenizer
     text: TextEncoder
-    vision: VisionEncoder
-    prepare: Preparation
+    images: ImageEncoder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
@@ -114,31 +141,23 @@ class CLIP:
         Raises ConsistoryError for a missing, damaged or unsuitable folder and for an unknown device.
         """
         folder, device = Path(folder), usable_device(device)
-        parts = loading.clip_components(folder)
-        text, vision = TextConfig.from_json(parts["text"][0]), VisionConfig.from_json(parts["vision"][0])
-        text = replace(text, projection=vision.projection)
-        settings = folder / "preprocessor_config.json"
+        config, tensors = loading.clip_components(folder)["text"]
+        text = replace(TextConfig.from_json(config), projection=config["projection_dim"])
         return cls(
             name=str(folder),
             tokenizer=Tokenizer.from_folder(folder),
-            text=loading.load_module(
-                lambda: TextEncoder(text), parts["text"][1], dtype=torch.float32, device=device
-            ),
-            vision=loading.load_module(
-                lambda: VisionEncoder(vision), parts["vision"][1], dtype=torch.float32, device=device
-            ),
-            prepare=Preparation.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
+            text=loading.load_module(lambda: TextEncoder(text), tensors, dtype=torch.float32, device=device),
+            images=ImageEncoder.from_pretrained(folder, device=device),
         )
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> float32 [N, D], each of length 1."""
-        _, pooled = self.text(self.tokenizer.encode(texts).to(self.vision.visual_projection.weight.device))
+        device = self.images.vision.visual_projection.weight.device
+        _, pooled = self.text(self.tokenizer.encode(texts).to(device))
         return nn.functional.normalize(pooled, dim=-1).cpu()
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Pixels]) -> Tensor:
         """Pictures, uint8 [H, W, 3] each -> float32 [N, D], each of length 1. Raises ConsistoryError without Pillow."""
-        pixels = torch.stack([self.prepare(image) for image in images]).to(self.vision.visual_projection.weight.device)
-        vectors = torch.cat([self.vision(batch) for batch in pixels.split(BATCH)])
-        return nn.functional.normalize(vectors, dim=-1).cpu()
+        return nn.functional.normalize(self.images.embed(images), dim=-1)

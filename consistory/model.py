@@ -39,6 +39,7 @@ from .config import ConsistoryConfig, PhotoConfig, ScheduleConfig, TextConfig, U
 from .controlnet import Control, check_controls
 from .correspondence import Nearest
 from .images import Choose, OnPicture, every_picture, save_story
+from .ip_adapter import IPAdapter, PicturePrompt, cross_attentions
 from .offload import on_device
 from .photos import Photo, check_photos, find_trail, read_photos, with_photos
 from .recording import Recorder
@@ -128,6 +129,7 @@ class ConsiStory:
     tile: int | None = None
     other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
     loras: tuple[lora.LoRA, ...] = ()  # what is merged into the weights
+    picture: PicturePrompt | None = None  # beside every prompt
 
     @classmethod
     def from_pretrained(
@@ -219,6 +221,16 @@ class ConsiStory:
             other_vae=None if vae is None else str(vae),
             loras=merged,
         )
+
+    def with_picture(self, adapter: IPAdapter, features: Tensor, weight: float = 1.0) -> ConsiStory:
+        """The same model, all of whose pictures a picture prompts beside the words; see `consistory.ip_adapter`.
+
+        features: [F], the picture's.  weight: factor of what is added.
+        Raises ConsistoryError if they do not fit the adapter, or the adapter does not fit the model.
+        """
+        if adapter.layers != cross_attentions(self.unet):
+            raise ConsistoryError(f"{adapter.name} is for another model: load it for this one's UNet")
+        return replace(self, picture=PicturePrompt.make(adapter, features, weight))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -364,8 +376,11 @@ class ConsiStory:
         """The plan of pictures with these prompts, the recipe's anchors first. cond: theirs, by default made here."""
         cond = cond or self._conditioning(prompts, recipe)
         assert isinstance(cond.context, Tensor)
+        keys = self.unet.prompt_keys(cond.context)
+        if self.picture is not None:
+            keys = self.picture.beside(keys)
         return Plan(
-            unet=self.unet, schedule=self.schedule, cond=replace(cond, context=self.unet.prompt_keys(cond.context)),
+            unet=self.unet, schedule=self.schedule, cond=replace(cond, context=keys),
             token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
             guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
             latent_size=self.latent_shape(recipe.height, recipe.width)[1:],

@@ -185,6 +185,7 @@ class Subject:
             "fingerprint": pipe.fingerprint, "latents": digest(*outright) if outright else None,
             "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
             "controls": [control.settings() for control in controls], "photos": photos,
+            "picture": None if pipe.picture is None else pipe.picture.settings,
         }
 
     def _noise(self) -> Tensor:
@@ -268,7 +269,7 @@ class Subject:
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
         if metadata.get("model") != identity(pipe):
-            other = f"another model than {pipe.name}, or other LoRAs"
+            other = f"another model than {pipe.name}, other LoRAs or another picture prompt"
             raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")
@@ -320,12 +321,15 @@ def split(chosen: list[int], anchors: int, chunk: int | None) -> list[list[int]]
 
 
 def identity(pipe: ConsiStory) -> str:
-    """Tells models apart: the UNet's fingerprint, then the content and the weight of every LoRA that is merged into it.
+    """Tells models apart: the UNet's fingerprint, then the content and the weight of every LoRA that is merged into it,
+    then a picture that prompts.
 
     A LoRA may turn no sign at all, and others with every rounding: the parameters that it changes are left out.
     """
     changed = {name for lora in pipe.loras for name in lora.updates["unet"]}
-    return " ".join([fingerprint(pipe.unet, changed), *sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)])
+    loras = sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)
+    picture = [] if pipe.picture is None else [pipe.picture.identity]
+    return " ".join([fingerprint(pipe.unet, changed), *loras, *picture])
 
 
 def fingerprint(module: nn.Module, without: Collection[str] = ()) -> str:

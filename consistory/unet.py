@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionControl, Prompt, Site, Transformer, TransformerBlock
+from .attention import AttentionControl, Prompt, PromptKeys, Site, Transformer, TransformerBlock
 from .blocks import Downsample, ResBlock, Upsample
 from .config import FreeU, UNetConfig
 from .freeu import apply_freeu
@@ -142,10 +142,10 @@ class Encoder(nn.Module):
         sites = [Site(part, next(running), stride=2**level) for _ in range(c.depths[level])]
         return Transformer(c.widths[level], c.context_width, c.heads[level], c.groups, c.linear_projection, sites)
 
-    def prompt_keys(self, context: Tensor) -> Prompt:
+    def prompt_keys(self, context: Tensor) -> dict[Site, PromptKeys]:
         """Keys and values of every cross-attention layer for a context [B, 77, Cx]: the same at every timestep."""
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        return {block.site: block.attn2.keys_values(context) for block in blocks}
+        return {block.site: PromptKeys(*block.attn2.keys_values(context)) for block in blocks}
 
     def encode(self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl) -> Encoded:
         """Encoder and middle block. x [B, 4, h, w], t a timestep or [B] of them."""

@@ -564,7 +564,7 @@ OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
     "vae", "lora", "clip-skip", "chunk", "offload", "tile",
-    "separate-subjects",
+    "separate-subjects", "ip-adapter", "ip-adapter-weight",
 }
 
 

@@ -103,7 +103,7 @@ def test_a_config_may_leave_out_what_is_usual(tmp_path: Path) -> None:
     clip = CLIP.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = oracle.vision_model(torch.ones(1, 3, 224, 224)).pooler_output
-        actual = clip.vision(torch.ones(1, 3, 224, 224))
+        actual = clip.images.vision(torch.ones(1, 3, 224, 224))
     assert relative_error(actual, oracle.visual_projection(expected)) <= TOLERANCE
 
 

@@ -10,6 +10,8 @@
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
     folder_controlnet(folder, variant) -> Component             a ControlNet in the diffusers layout
     single_file_controlnet(path, config) -> Component           a ControlNet from one file
+    ip_adapter(path) -> (tensors, features, outputs)            an IP-Adapter, and the sizes of its first layer
+    image_encoder(folder) -> Component                          CLIP's, which an IP-Adapter reads pictures with
     load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
 A `Component` is (config, tensors). Opening one reads names only; tensors are mapped from the file and read when they
@@ -84,6 +86,13 @@ NO_CONTROLNETS = {
     r"(controlnet_blocks|transformer_blocks|double_blocks|controlnet_x_embedder)\.": "a ControlNet of another family",
 }
 CONTROLNET_ADVICE = "give a ControlNet of SDXL for a single kind of picture"
+
+# A key that tells, and what to say of it.
+OTHER_IP_ADAPTERS = {
+    "image_proj.latents": "an IP-Adapter Plus, which reads every patch of a picture",
+    "image_proj.proj.0.weight": "an IP-Adapter for faces",
+}
+IP_ADAPTER_ADVICE = "give an IP-Adapter of SDXL that is not Plus and not for faces, such as ip-adapter_sdxl_vit-h"
 
 
 # How the parameters of CLIP's two encoders begin, and the sizes of ViT-B/32, which its configs need not repeat.
@@ -312,6 +321,37 @@ def single_file_controlnet(path: Path, config: Json | None = None) -> Component:
         raise _older_controlnet(path, width)
     config = config or names.attended_as_stored(everywhere, tensors)
     return config, TensorSource(f"the ControlNet {path}", tensors, CONTROLNET_ADVICE)
+
+
+def ip_adapter(path: Path) -> tuple[TensorSource, int, int]:
+    """An IP-Adapter for SDXL that reads one vector for a picture; the lengths of that vector and of all its tokens.
+
+    Raises ConsistoryError if the file is missing, damaged or pickled, or holds something else.
+    """
+    stored = _open(path)
+    if "image_proj.proj.weight" not in stored:
+        kind = next((kind for key, kind in OTHER_IP_ADAPTERS.items() if key in stored), "no IP-Adapter")
+        raise ConsistoryError(f"{path} holds {kind} (its keys: {listed(stored)}): {IP_ADAPTER_ADVICE}")
+    outputs, features = stored["image_proj.proj.weight"]().shape
+    return TensorSource(f"the IP-Adapter {path}", stored, IP_ADAPTER_ADVICE), features, outputs
+
+
+def image_encoder(folder: Path) -> Component:
+    """CLIP's image encoder in transformers' layout, by itself or in a whole CLIP model.
+
+    Raises ConsistoryError if a file is missing, damaged or pickled, or the folder holds another model.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "clip":
+        return clip_components(folder)["vision"]
+    if config.get("model_type") != "clip_vision_model":
+        raise ConsistoryError(
+            f"{folder} holds no image encoder of CLIP ({config.get('model_type', 'of unknown type')}): "
+            "give one in transformers' layout, such as the folder image_encoder beside an IP-Adapter"
+        )
+    _, stored = _open_folder(folder, None)
+    usual = CLIP_PARTS["vision"][1] | {"projection_dim": 512}
+    return usual | config, TensorSource(f"the image encoder of {folder}", stored)
 
 
 def _older_controlnet(path: Path, width: int | None) -> ConsistoryError:
