@@ -1,6 +1,6 @@
 """Every table and plot of the README, from seeds, on a CPU.
 
-    python bench/tables.py            # -> bench/results/, in under 90 minutes on two cores
+    python bench/tables.py            # -> bench/results/, in under 90 minutes on two cores with AVX-512
     python bench/tables.py --quick    # the same in small, -> bench/results/quick/, in some five minutes
 
 One measurement after another; those that take long share their work out over `--jobs` processes. What was interrupted
