@@ -163,7 +163,7 @@ def test_what_is_no_photo_is_refused(tmp_path: Path, capsys: Capture, name: str,
 # Of a record, what is no argument of the call.
 OTHER_FACTS = {
     "version", "model", "vae", "loras", "fingerprint", "dtype", "seeds", "anchor_prompts", "anchor_seeds", "files",
-    "grid", "photos",
+    "grid", "photos", "picture",
 }  # fmt: skip
 
 
