@@ -275,10 +275,10 @@ def plot(table: Table, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each, that share the sets out")
-    parser.add_argument("--quick", action="store_true", help="two sets a row, three steps")
+    parser.add_argument("--quick", action="store_true", help="two sets a row, two steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    out, steps = (args.out / "quick", 3) if args.quick else (args.out, STEPS)
+    out, steps = (args.out / "quick", 2) if args.quick else (args.out, STEPS)
     out.mkdir(parents=True, exist_ok=True)
     about = {"images per set": IMAGES, "steps": steps, "dtype": "float32", "torch": torch.__version__}
     table = read_table(out / "ablation.json", about)

@@ -219,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     effort = 1.0
     if args.quick:
-        args.sets, args.steps, args.out, effort = 2, 3, args.out / "quick", 0.02
+        args.sets, args.steps, args.out, effort = 2, 2, args.out / "quick", 0.02
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"images per set": IMAGES, "steps": args.steps, "effort": effort, **machine("cpu"), "threads": "1"}
     table = read_table(args.out / "compare.json", about)

@@ -1,6 +1,6 @@
 """Do new pictures keep the subject of two photos? Rendered photos of new subjects, on `sprites`, judged by the oracle.
 
-    python bench/photos.py                            # 20 subjects -> bench/results/photos.json
+    python bench/photos.py                            # 20 subjects -> bench/results/photos.json; goes on if interrupted
     python bench/photos.py --subjects 4 --steps 25    # a quick look
 
 For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to
@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from consistory.weights.sprites.oracle import Oracle
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, render, sample_scenes
-from judging import Scores, Summary, as_line, share, summarise, write
+from judging import Scores, Table, as_line, judge_missing, read_table, share, summarise, write
 from measure import machine
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, Story, ddpm
 from consistory.config import PhotoConfig
@@ -85,16 +84,14 @@ WAYS: dict[str, Callable[[int, int], Story]] = {
 }
 
 
-def prepare(jobs: int) -> None:
+def prepare() -> None:
     """What every process holds. Several of them share the cores."""
     global pipe, oracle
-    if jobs > 1:
-        torch.set_num_threads(1)
-    pipe = ConsiStory.from_pretrained("sprites")
-    oracle = Oracle.load()
+    torch.set_num_threads(1)
+    pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
 
 
-def judge(name: str, steps: int, number: int) -> Scores:
+def judge(steps: int, name: str, number: int) -> Scores:
     """Scores of one subject: shares of its new pictures."""
     scenes, _, settings = draw_photos(number)
     reading = oracle.read(WAYS[name](number, steps).images)
@@ -122,6 +119,15 @@ def reconstruct(steps: int, number: int) -> Scores:
     }
 
 
+def summaries(table: Table) -> dict[str, Any]:
+    """Means with standard errors of every way that has some."""
+    return {
+        name: {"subjects": len(subjects), "scores": summarise(list(subjects.values()))}
+        for name in WAYS
+        if len(subjects := table.get(name, {})) > 1
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=int, default=20)
@@ -132,23 +138,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "photos.json")
     args = parser.parse_args()
 
-    workers = ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare, (args.jobs,))
     if args.reconstruct:
-        found = list(workers.map(partial(reconstruct, args.steps), range(args.subjects)))
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare) as workers:
+            found = list(workers.map(partial(reconstruct, args.steps), range(args.subjects)))
         print(f"{PHOTOS * len(found)} pictures, {args.steps} steps:",
               f"latents differ by at most {max(f['latents'] for f in found):.1e},",
               f"pictures by at least {min(f['decibels'] for f in found):.1f} dB")  # fmt: skip
         return
-    about = {
-        "subjects": args.subjects, "photos each": PHOTOS, "new pictures each": NEW, "steps": args.steps,
-        **machine("cpu"),
-    }  # fmt: skip
-    rows: dict[str, Summary] = {}
-    for name in args.ways:
-        judged = workers.map(partial(judge, name, args.steps), range(args.subjects))
-        rows[name] = summarise(list(tqdm(judged, desc=name, total=args.subjects, leave=False)))
-        print(as_line(name, rows[name]), flush=True)
-        write(args.out, {"about": about, "rows": rows})
+    about = {"photos each": PHOTOS, "new pictures each": NEW, "steps": args.steps, "torch": torch.__version__}
+    table = read_table(args.out, about)
+    about |= machine("cpu") | {"threads": "1"}
+
+    def save(table: Table) -> None:
+        write(args.out, {"about": about, "rows": summaries(table), "scores": table})
+
+    tasks = [(name, number) for number in range(args.subjects) for name in args.ways]
+    todo = [(name, number) for name, number in tasks if str(number) not in table.get(name, {})]
+    judge_missing(table, todo, partial(judge, args.steps), prepare, args.jobs, save)
+    for name, row in summaries(table).items():
+        print(as_line(f"{name} ({row['subjects']} subjects)", row["scores"]))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Every table and plot of the README, from seeds, on a CPU.
 
     python bench/tables.py            # -> bench/results/, in under 90 minutes on two cores with AVX-512
-    python bench/tables.py --quick    # the same in small, -> bench/results/quick/, in some five minutes
+    python bench/tables.py --quick    # the same in small, -> bench/results/quick/, in less than five
 
 One measurement after another; those that take long share their work out over `--jobs` processes. What was interrupted
-goes on where it was (ablation, compare) or starts again. How long each took is kept in tables.json.
+goes on where it was (ablation, compare, photos) or starts again. How long each took is kept in tables.json.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from measure import machine
 BENCH = Path(__file__).parent
 # What to run, what else in earnest, what else in small.
 MEASUREMENTS = {
-    "teaser": ("", "--steps 3"),
+    "teaser": ("", "--steps 2"),
     "story": ("", ""),
     "memory": ("", "--images 3 --options plain --check 64"),
     "ablation": ("--jobs {jobs}", "--jobs {jobs} --quick"),
     "compare": ("--jobs {jobs}", "--jobs {jobs} --quick"),
-    "photos": ("--jobs {jobs} --steps 20", "--jobs {jobs} --steps 3 --subjects 2"),
+    "photos": ("--jobs {jobs} --steps 20", "--jobs {jobs} --steps 2 --subjects 2"),
 }
 SUFFIXES = {"teaser": ".png"}
 FOLDERS = ("ablation", "compare")  # take a folder and name their files themselves; --quick, they make a folder in it
