@@ -135,7 +135,8 @@ def prompted(pipe: ConsiStory, task: Task) -> Drawn:
     clock = Clock()
     picture, _ = given_picture(pipe, task)
     features = ip_adapter.features_of(Oracle.load(), torch.from_numpy(picture[None]).permute(0, 3, 1, 2) / 255)[0]
-    other = pipe.with_picture(IPAdapter.load(ip_adapter.WEIGHTS, pipe.unet), features)
+    both = torch.stack([torch.zeros_like(features), features])
+    other = pipe.with_picture(IPAdapter.load(ip_adapter.WEIGHTS, pipe.unet), both)
     before = clock.lap()
     return draw(other, task), before, clock.lap()
 

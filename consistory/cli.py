@@ -326,7 +326,7 @@ def with_picture(args: argparse.Namespace, pipe: ConsiStory, picture: Pixels) ->
 
     file, encoder, _ = args.ip_adapter
     adapter = IPAdapter.load(file, pipe.unet)
-    features = ImageEncoder.from_pretrained(encoder).embed([picture])[0]
+    features = adapter.read(ImageEncoder.from_pretrained(encoder), picture)
     return pipe.with_picture(adapter, features, args.ip_adapter_weight)
 
 

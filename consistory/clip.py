@@ -60,10 +60,15 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> [B, D], the class's final, normed state, projected."""
-        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
-        for layer in self.vision_model.encoder.layers:
-            x = layer(x)
+        x = self.vision_model.encoder.layers[-1](self.penultimate(pixels))
         return self.visual_projection(self.vision_model.post_layernorm(x[:, 0]))
+
+    def penultimate(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] -> states [B, 1 + P, C] before the last layer, the class's first."""
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        for layer in self.vision_model.encoder.layers[:-1]:
+            x = layer(x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,16 @@ class ImageEncoder:
         """Pictures, uint8 [H, W, 3] each -> features, float32 [N, D]. Raises ConsistoryError without Pillow."""
         pixels = torch.stack([self.prepare(image) for image in images]).to(self.vision.visual_projection.weight.device)
         return torch.cat([self.vision(batch) for batch in pixels.split(BATCH)]).cpu()
+
+    @torch.inference_mode()
+    def patches(self, images: Sequence[Pixels | None]) -> Tensor:
+        """Pictures, uint8 [H, W, 3] each -> states of their patches, float32 [N, 1 + P, C], the class's first.
+
+        None stands for a picture that has the mean colour all over. Raises ConsistoryError without Pillow.
+        """
+        mean = torch.zeros(3, *self.prepare.crop)
+        pixels = torch.stack([mean if image is None else self.prepare(image) for image in images])
+        return self.vision.penultimate(pixels.to(self.vision.visual_projection.weight.device)).cpu()
 
 
 @dataclass(frozen=True)

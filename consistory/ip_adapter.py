@@ -1,10 +1,11 @@
 """IP-Adapter (Ye et al. 2023): a picture prompts, too. Every cross-attention also reads a few tokens made of it.
 
-    adapter = IPAdapter.load("ip-adapter_sdxl_vit-h.safetensors", pipe.unet)
-    features = ImageEncoder.from_pretrained("image_encoder").embed([picture])[0]    # consistory.clip
+    adapter = IPAdapter.load("ip-adapter-plus_sdxl_vit-h.safetensors", pipe.unet)
+    features = adapter.read(ImageEncoder.from_pretrained("image_encoder"), picture)    # consistory.clip
     pipe = pipe.with_picture(adapter, features, weight=0.6)
 
-Parameter names are the published ones.
+There are plain ones, which read one vector for a picture, and Plus, which read every patch of it. Parameter names are
+the published ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -24,23 +26,75 @@ from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
 from .attention import PromptKeys, Site, TransformerBlock
+from .clip import ImageEncoder
+from .images import Pixels
 from .subject import fingerprint
 from .unet import UNet
 
 PictureKeys = Mapping[Site, tuple[Tensor, Tensor]]  # keys and values of every layer, each [B, H, T, d]
+RESAMPLER_HEAD = 64  # width of a head
 
 
 class ImageTokens(nn.Module):
-    """Features [B, F] -> tokens [B, T, C']."""
+    """The plain kind: a picture's vector [B, F] -> tokens [B, T, C']."""
 
     def __init__(self, features: int, tokens: int, context_width: int):
         super().__init__()
-        self.tokens = tokens
+        self.features, self.tokens = features, tokens
         self.proj = nn.Linear(features, tokens * context_width)
         self.norm = nn.LayerNorm(context_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(rearrange(self.proj(x), "b (t c) -> b t c", t=self.tokens))
+
+
+class Reader(nn.Module):
+    """Learnt queries [B, T, W] attend to what they are to read [B, S, W], and to themselves."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
+        queries = self.norm2(queries)
+        k, v = self.to_kv(torch.cat([self.norm1(x), queries], dim=1)).chunk(2, dim=-1)
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", d=RESAMPLER_HEAD) for y in (self.to_q(queries), k, v))
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+
+
+class Resampler(nn.Module):
+    """Plus: the states of a picture's patches [B, S, F] -> tokens [B, T, C'], as in Perceiver (Jaegle et al. 2021)."""
+
+    def __init__(self, features: int, tokens: int, width: int, layers: int, context_width: int):
+        super().__init__()
+        self.features = features
+        self.latents = nn.Parameter(torch.zeros(1, tokens, width))
+        self.proj_in = nn.Linear(features, width)
+        self.layers = nn.ModuleList(nn.ModuleList([Reader(width), _feed_forward(width)]) for _ in range(layers))
+        self.proj_out = nn.Linear(width, context_width)
+        self.norm_out = nn.LayerNorm(context_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, queries = self.proj_in(x), self.latents.expand(len(x), -1, -1)
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            read, feed_forward = layer
+            queries = queries + read(x, queries)
+            queries = queries + feed_forward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+def _feed_forward(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, 4 * width, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * width, width, bias=False),
+    )
 
 
 class TokenKeys(nn.Module):
@@ -62,18 +116,18 @@ class TokenKeys(nn.Module):
 class IPAdapter(nn.Module):
     """For a UNet like the one given; `ip_adapter.N` belongs to its N-th attention, cross-attentions being odd."""
 
-    def __init__(self, unet: UNet, features: int, tokens: int = 4, name: str = "unnamed"):
+    def __init__(self, unet: UNet, image_proj: ImageTokens | Resampler, name: str = "unnamed"):
         super().__init__()
         self.name = name
         self.layers = cross_attentions(unet)
         width = unet.config.context_width
-        self.image_proj = ImageTokens(features, tokens, width)
+        self.image_proj = image_proj
         self.ip_adapter = nn.ModuleDict(
             {str(2 * i + 1): TokenKeys(width, *sizes) for i, sizes in enumerate(self.layers.values())}
         )
 
     def forward(self, features: Tensor) -> dict[Site, tuple[Tensor, Tensor]]:
-        """[B, F] -> keys and values of every layer, [B, H, T, d]. Zeros stand for no picture."""
+        """Pictures' features, [B, F] or for Plus [B, S, F] -> keys and values of every layer, [B, H, T, d]."""
         tokens = self.image_proj(features)
         return {site: layer(tokens) for site, layer in zip(self.layers, self.ip_adapter.values(), strict=True)}
 
@@ -81,14 +135,23 @@ class IPAdapter(nn.Module):
     def load(cls, path: str | Path, unet: UNet) -> IPAdapter:
         """A `.safetensors` file for this UNet, whose device and precision it gets.
 
-        Raises ConsistoryError for a missing, damaged or unsuitable file, and for a kind that reads other features than
-        one vector for a picture (Plus, FaceID).
+        Raises ConsistoryError for a missing, damaged or unsuitable file, and for a kind that reads faces (FaceID).
         """
-        tensors, features, outputs = loading.ip_adapter(Path(path))
-        weight, tokens = unet.conv_in.weight, max(outputs // unet.config.context_width, 1)
+        tensors, sizes = loading.ip_adapter(Path(path))
+        kind, weight = Resampler if "layers" in sizes else ImageTokens, unet.conv_in.weight
         return loading.load_module(
-            lambda: cls(unet, features, tokens, str(path)), tensors, dtype=weight.dtype, device=weight.device
+            lambda: cls(unet, kind(**sizes), str(path)), tensors, dtype=weight.dtype, device=weight.device
         )
+
+    def read(self, encoder: ImageEncoder, picture: Pixels) -> Tensor:
+        """What it reads of a picture, uint8 [H, W, 3] -> features [2, F], for Plus [2, S, F], of none and of this one.
+
+        The unconditional half of the samples gets those of none. Raises ConsistoryError without Pillow.
+        """
+        if isinstance(self.image_proj, Resampler):
+            return encoder.patches([None, picture])
+        (vector,) = encoder.embed([picture])
+        return torch.stack([torch.zeros_like(vector), vector])
 
 
 def cross_attentions(unet: UNet) -> dict[Site, tuple[int, int]]:
@@ -115,18 +178,19 @@ class PicturePrompt:
     @classmethod
     @torch.inference_mode()
     def make(cls, adapter: IPAdapter, features: Tensor, weight: float) -> PicturePrompt:
-        """features: [F]. Raises ConsistoryError if they do not fit the adapter or the weight is not finite."""
-        wanted = adapter.image_proj.proj.in_features
-        if features.shape != (wanted,):
+        """features: see `IPAdapter.read`. Raises ConsistoryError if they do not fit or the weight is not finite."""
+        patches = ["S"] if isinstance(adapter.image_proj, Resampler) else []
+        wanted = [2, *patches, adapter.image_proj.features]
+        if features.ndim != len(wanted) or (features.shape[0], features.shape[-1]) != (wanted[0], wanted[-1]):
             raise ConsistoryError(
-                f"features {list(features.shape)} do not fit {adapter.name}, which reads [{wanted}]: give those of one "
-                "picture, by the image encoder that the adapter was trained with"
+                f"features {list(features.shape)} do not fit {adapter.name}, which reads "
+                f"[{', '.join(map(str, wanted))}]: give what adapter.read(encoder, picture) returns, with the image "
+                "encoder that the adapter was trained with"
             )
         if not math.isfinite(weight):
             raise ConsistoryError(f"picture weight {weight} is not a number to prompt with: use about 0.5 to 1")
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
-        features = features.to(adapter.image_proj.proj.weight)
-        keys = adapter(torch.stack([torch.zeros_like(features), features]))
+        keys = adapter(features.to(next(adapter.parameters())))
         return cls(
             {site: (k, weight * v) for site, (k, v) in keys.items()},
             {"adapter": adapter.name, "features": digest, "weight": weight},

@@ -225,7 +225,7 @@ class ConsiStory:
     def with_picture(self, adapter: IPAdapter, features: Tensor, weight: float = 1.0) -> ConsiStory:
         """The same model, all of whose pictures a picture prompts beside the words; see `consistory.ip_adapter`.
 
-        features: [F], the picture's.  weight: factor of what is added.
+        features: the picture's, from `IPAdapter.read`.  weight: factor of what is added.
         Raises ConsistoryError if they do not fit the adapter, or the adapter does not fit the model.
         """
         if adapter.layers != cross_attentions(self.unet):

@@ -72,4 +72,4 @@ def test_an_ip_adapter_starts_as_the_prompt(pipe: ConsiStory) -> None:
 def test_features_are_of_the_subject() -> None:
     features = ip_adapter.features_of(Oracle.load(), torch.rand(3, 3, 64, 64))
     adapter = IPAdapter.load(ip_adapter.WEIGHTS, ConsiStory.from_pretrained("sprites").unet)
-    assert features.shape == (3, adapter.image_proj.proj.in_features)
+    assert features.shape == (3, adapter.image_proj.features)

@@ -10,7 +10,7 @@
     single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
     folder_controlnet(folder, variant) -> Component             a ControlNet in the diffusers layout
     single_file_controlnet(path, config) -> Component           a ControlNet from one file
-    ip_adapter(path) -> (tensors, features, outputs)            an IP-Adapter, and the sizes of its first layer
+    ip_adapter(path) -> (tensors, sizes)                        an IP-Adapter
     image_encoder(folder) -> Component                          CLIP's, which an IP-Adapter reads pictures with
     load_module(build, tensors, dtype, device) -> module        builds it and gives it the component's tensors
 
@@ -87,12 +87,7 @@ NO_CONTROLNETS = {
 }
 CONTROLNET_ADVICE = "give a ControlNet of SDXL for a single kind of picture"
 
-# A key that tells, and what to say of it.
-OTHER_IP_ADAPTERS = {
-    "image_proj.latents": "an IP-Adapter Plus, which reads every patch of a picture",
-    "image_proj.proj.0.weight": "an IP-Adapter for faces",
-}
-IP_ADAPTER_ADVICE = "give an IP-Adapter of SDXL that is not Plus and not for faces, such as ip-adapter_sdxl_vit-h"
+IP_ADAPTER_ADVICE = "give an IP-Adapter of SDXL that is not FaceID, such as ip-adapter-plus_sdxl_vit-h"
 
 
 # How the parameters of CLIP's two encoders begin, and the sizes of ViT-B/32, which its configs need not repeat.
@@ -323,17 +318,33 @@ def single_file_controlnet(path: Path, config: Json | None = None) -> Component:
     return config, TensorSource(f"the ControlNet {path}", tensors, CONTROLNET_ADVICE)
 
 
-def ip_adapter(path: Path) -> tuple[TensorSource, int, int]:
-    """An IP-Adapter for SDXL that reads one vector for a picture; the lengths of that vector and of all its tokens.
+def ip_adapter(path: Path) -> tuple[TensorSource, dict[str, int]]:
+    """An IP-Adapter for SDXL, and the sizes of its `image_proj`; "width" and "layers" only if it is a Plus.
 
     Raises ConsistoryError if the file is missing, damaged or pickled, or holds something else.
     """
     stored = _open(path)
-    if "image_proj.proj.weight" not in stored:
-        kind = next((kind for key, kind in OTHER_IP_ADAPTERS.items() if key in stored), "no IP-Adapter")
+    parts = {key.removeprefix("image_proj."): read for key, read in stored.items() if key.startswith("image_proj.")}
+    if {"latents", "proj_in.weight", "proj_out.weight"} <= parts.keys():
+        tokens, width = parts["latents"]().shape[-2:]
+        sizes = {
+            "features": parts["proj_in.weight"]().shape[-1],
+            "tokens": tokens,
+            "context_width": len(parts["proj_out.weight"]()),
+            "width": width,
+            "layers": len({key.split(".")[1] for key in parts if key.startswith("layers.")}),
+        }
+    elif {"proj.weight", "norm.weight"} <= parts.keys():
+        outputs, context_width = len(parts["proj.weight"]()), len(parts["norm.weight"]())
+        sizes = {
+            "features": parts["proj.weight"]().shape[-1],
+            "tokens": outputs // context_width,
+            "context_width": context_width,
+        }
+    else:
+        kind = "an IP-Adapter for faces" if "proj.0.weight" in parts else "no IP-Adapter"
         raise ConsistoryError(f"{path} holds {kind} (its keys: {listed(stored)}): {IP_ADAPTER_ADVICE}")
-    outputs, features = stored["image_proj.proj.weight"]().shape
-    return TensorSource(f"the IP-Adapter {path}", stored, IP_ADAPTER_ADVICE), features, outputs
+    return TensorSource(f"the IP-Adapter {path}", stored, IP_ADAPTER_ADVICE), sizes
 
 
 def image_encoder(folder: Path) -> Component:

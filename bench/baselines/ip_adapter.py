@@ -34,11 +34,12 @@ from torch import Tensor
 from consistory import ddim
 from consistory.attention import TransformerBlock
 from consistory.config import ScheduleConfig
-from consistory.ip_adapter import IPAdapter, beside
+from consistory.ip_adapter import ImageTokens, IPAdapter, beside
 from consistory.unet import UNet
 
 WEIGHTS = Path(__file__).with_name("ip_adapter.safetensors")
 CHECKPOINT = Path(__file__).parents[2] / "weights" / "sprites" / "checkpoint"
+TOKENS = 4
 FEATURE_DROPOUT = 0.1  # share of samples without features, for guidance
 POOL = 4096  # pairs that are rendered and encoded at once
 
@@ -77,7 +78,7 @@ class Prompted:
 
 def untrained(unet: UNet, features: int) -> IPAdapter:
     """As published: its projections start as the text's."""
-    adapter = IPAdapter(unet, features)
+    adapter = IPAdapter(unet, ImageTokens(features, TOKENS, unet.config.context_width))
     blocks = {module.site: module.attn2 for module in unet.modules() if isinstance(module, TransformerBlock)}
     for site, layer in zip(adapter.layers, adapter.ip_adapter.values(), strict=True):
         layer.to_k_ip.weight.data.copy_(blocks[site].to_k.weight)
