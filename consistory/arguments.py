@@ -91,6 +91,14 @@ def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> Non
         raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
 
 
+def check_negative(negative_prompt: str | None, guidance: float) -> None:
+    """Raises ConsistoryError for a negative prompt that would do nothing."""
+    if negative_prompt and guidance <= 1:
+        raise ConsistoryError(
+            f"a negative prompt does nothing at guidance {guidance:g}: leave it out, or use a guidance above 1"
+        )
+
+
 def check_clip_skip(clip_skip: int, layers: int) -> None:
     """Raises ConsistoryError for more layers to skip than the smaller text encoder has, besides its last."""
     if not 0 <= clip_skip < layers:

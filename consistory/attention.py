@@ -46,7 +46,7 @@ Prompt = Tensor | Mapping[Site, PromptKeys]
 
 
 class AttentionControl:
-    """Plain SDXL attention. Shapes: B = 2 N samples (unconditional half first), H heads, P patches, T tokens."""
+    """Plain SDXL attention. Shapes: B samples, see `Conditioning`, H heads, P patches, T tokens."""
 
     def self_input(self, x: Tensor, site: Site) -> None:
         """Sees what a self-attention layer makes its queries, keys and values of: [B, P, C]."""

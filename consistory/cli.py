@@ -309,7 +309,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local}"
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
+    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora, "spacing": args.spacing}
     memory = {"offload": args.offload, "tile": args.tile}
     picture = None if args.ip_adapter is None else read_picture(Path(args.ip_adapter[-1]))
     if args.single_file is not None:
@@ -478,7 +478,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="of the noise: one number, from which the pictures count up, or one for each picture (default: 0)",
     )
     sampling.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    sampling.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the prompt (default: 5)")
+    sampling.add_argument(
+        "--guidance", type=float, default=5.0,
+        help="how closely to follow the prompt; 1, for distilled checkpoints, takes half the work (default: 5)",
+    )
     sampling.add_argument(
         "--clip-skip", type=int, default=0, metavar="K",
         help="layers of the text encoders to leave out, besides the last one, which SDXL never uses (default: 0)",
@@ -666,6 +669,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--ip-adapter-weight", metavar="W", type=float, default=1.0,
         help="how much the picture counts beside the words (default: 1)",
+    )
+    model.add_argument(
+        "--spacing", choices=("leading", "trailing"),
+        help="of the timesteps; checkpoints and LoRAs that are distilled to a few --steps want trailing, with "
+        "--guidance 1 (default: as the checkpoint says)",
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from consistory.weights.errors import ConsistoryError
@@ -179,6 +179,7 @@ class ScheduleConfig:
     final_alpha_one: bool = False  # after the last step: alpha_bar = 1 (True) or alpha_bar of t = 0 (False)
     prediction: str = "epsilon"  # what the UNet predicts: "epsilon" | "v_prediction"
     zero_terminal_snr: bool = False  # betas rescaled so that the last timestep is pure noise
+    trailing: bool = False  # timesteps are counted from the noisiest one ("trailing") or from the cleanest ("leading")
 
     @classmethod
     def from_json(cls, d: Json) -> ScheduleConfig:
@@ -200,7 +201,22 @@ class ScheduleConfig:
             final_alpha_one=d.get("set_alpha_to_one", False),
             prediction=prediction,
             zero_terminal_snr=d.get("rescale_betas_zero_snr", False),
+            trailing=d.get("timestep_spacing") == "trailing" or d.get("rescale_betas_zero_snr", False),
         )
+
+
+    def spaced(self, spacing: str | None) -> ScheduleConfig:
+        """With "leading" or "trailing" timesteps; None leaves them as they are.
+
+        Raises ConsistoryError for another spacing, and where leading ones would leave out the pure noise.
+        """
+        if spacing is None:
+            return self
+        if spacing not in ("leading", "trailing"):
+            raise ConsistoryError(f'spacing is {spacing!r}: use "leading" or "trailing"')
+        if spacing == "leading" and self.zero_terminal_snr:
+            raise ConsistoryError("the checkpoint's sampling has to start at pure noise: use trailing spacing")
+        return replace(self, trailing=spacing == "trailing")
 
 
 @dataclass(frozen=True)

@@ -216,16 +216,16 @@ class Control:
         }  # fmt: skip
 
     def steering(self, cond: Conditioning, steps: int) -> Steering:
-        """For a story of N pictures in so many steps. cond: of 2 N samples, its context token states."""
-        assert isinstance(cond.context, Tensor)
-        net, n = self.net, len(cond.pooled) // 2
-        numbers = self.steered(n)
-        index = torch.tensor([*numbers, *(n + number for number in numbers)], device=cond.pooled.device)
-        like = net.conv_in.weight
+        """For a story of so many steps. cond: of all its samples, its context token states."""
+        net, halves = self.net, 1 + cond.guided
+        numbers = self.steered(len(cond.pooled) // halves)
+        own, like = cond.of(numbers), net.conv_in.weight
+        assert isinstance(own.context, Tensor)
         hints = torch.cat([net.hint(as_input(image).to(like)) for image in self.images])  # one at a time: memory
         return Steering(
-            net=net, index=index, weight=self.weight, hint=hints.expand(len(numbers), -1, -1, -1).repeat(2, 1, 1, 1),
-            cond=Conditioning(net.prompt_keys(cond.context[index]), cond.pooled[index], cond.sizes[index]),
+            net=net, index=torch.tensor(cond.samples(numbers), device=cond.pooled.device), weight=self.weight,
+            hint=hints.expand(len(numbers), -1, -1, -1).repeat(halves, 1, 1, 1),
+            cond=replace(own, context=net.prompt_keys(own.context)),
             steps=frozenset(acting_steps(self.start, self.end, steps)),
         )  # fmt: skip
 
@@ -234,7 +234,7 @@ class Control:
 class Steering:
     """A control as it acts on one story: everything that is the same at all steps.
 
-    index: [B] which of the story's 2 N samples are steered.  cond, hint [B, C, h, w]: of these.
+    index: [B] which of the story's samples are steered.  cond, hint [B, C, h, w]: of these.
     steps: those at which it acts.
     """
 
@@ -246,7 +246,7 @@ class Steering:
     steps: frozenset[int]
 
     def residuals(self, x: Tensor, t: int) -> Residuals:
-        """For all samples x [2 N, 4, h, w]; zero for those that are not steered."""
+        """For all samples x [B, 4, h, w]; zero for those that are not steered."""
         own = self.net(x[self.index], t, self.cond, self.hint)
 
         def among_all(r: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ def alpha_bars(schedule: ScheduleConfig) -> Tensor:
 
 
 def timesteps(schedule: ScheduleConfig, steps: int) -> list[int]:
-    """Timesteps in the order they are visited ("leading" spacing): 50 steps of 1000 -> 981, 961, ..., 1.
+    """Timesteps in the order they are visited: 50 steps of 1000 with "leading" spacing -> 981, 961, ..., 1.
 
-    A schedule that ends in pure noise has to start there ("trailing" spacing): 50 steps -> 999, 979, ..., 19.
+    With "trailing" spacing -> 999, 979, ..., 19: needed where the first one is pure noise, and where steps are few.
     """
-    if schedule.zero_terminal_snr:
+    if schedule.trailing:
         spaced = np.arange(schedule.train_steps, 0, -schedule.train_steps / steps)[:steps]
         return [int(t) - 1 for t in np.round(spaced)]
     stride = schedule.train_steps // steps

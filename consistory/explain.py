@@ -143,10 +143,10 @@ class Trace(Observer):
             if site.part != "decoder" or site.stride != plan.unet.strides[-1]:
                 return
             with self._aside(q):
-                q, k = q[images:], k[images:]
+                q, k = q[-images:], k[-images:]  # of the conditional samples
                 if control.sharing is not None and control.sharing.vanilla is not None:
                     recorded, weight = control.sharing.vanilla
-                    plain = recorded.queries[site][images:]
+                    plain = recorded.queries[site][-images:]
                     pull.add(1 - F.cosine_similarity(q.float(), plain.float(), -1).mean(1)[: shown(plan)])
                     q = (1 - weight) * q + weight * plain
                 if wanted:

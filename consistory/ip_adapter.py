@@ -197,14 +197,14 @@ class PicturePrompt:
             f"{fingerprint(adapter)}*{digest}*{weight:g}",
         )
 
-    def beside(self, prompts: Mapping[Site, PromptKeys]) -> dict[Site, PromptKeys]:
-        """What layers read of 2 N samples' prompts, the unconditional half first, and of the picture."""
-        like = next(iter(prompts.values())).k
+    def beside(self, prompts: Mapping[Site, PromptKeys], guided: bool) -> dict[Site, PromptKeys]:
+        """What layers read of samples' prompts, see `Conditioning`, and of the picture."""
+        like, halves = next(iter(prompts.values())).k, 1 + guided
 
-        def both(x: Tensor) -> Tensor:
-            return x.to(like).repeat_interleave(len(like) // 2, dim=0)
+        def for_all(x: Tensor) -> Tensor:
+            return x[-halves:].to(like).repeat_interleave(len(like) // halves, dim=0)
 
-        return beside(prompts, {site: (both(k), both(v)) for site, (k, v) in self.keys.items()})
+        return beside(prompts, {site: (for_all(k), for_all(v)) for site, (k, v) in self.keys.items()})
 
 
 def beside(prompts: Mapping[Site, PromptKeys], picture: PictureKeys) -> dict[Site, PromptKeys]:

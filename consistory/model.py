@@ -26,6 +26,7 @@ from .arguments import (
     check_finite,
     check_latents,
     check_list,
+    check_negative,
     check_prompts,
     check_sampling,
     check_tile,
@@ -134,8 +135,8 @@ class ConsiStory:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (), offload: bool = False,
-        tile: int | None = None,
+        variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (), spacing: str | None = None,
+        offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
         """Load "sprites" (the embedded model), a folder in the diffusers layout, or a model of the Hugging Face hub.
 
@@ -143,12 +144,14 @@ class ConsiStory:
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
         vae: another autoencoder than the checkpoint's own: a `.safetensors` file, a folder, or a name of the hub.
         loras: `.safetensors` files to merge into the weights; a pair (file, weight) for another weight than 1.
+        spacing: "leading" | "trailing" timesteps, see `ScheduleConfig`; by default as the checkpoint's schedule says.
+            Models distilled to a few steps, Lightning or Turbo, want "trailing".
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
             other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
             all of them stay on the device.
         tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the
             work; by default only those of more than 1024 x 1024 pixels.
-        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
+        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device or spacing.
         """
         device = usable_device(device)
         folder = SPRITES if str(name) == "sprites" else Path(name)
@@ -158,19 +161,21 @@ class ConsiStory:
         parts = {part: loading.folder_component(folder, part, variant) for part in loading.COMPONENTS}
         if vae is not None:
             parts["vae"] = _vae_component(vae, parts["vae"][0])
-        schedule = loading.read_json(folder / "scheduler" / "scheduler_config.json")
+        schedule = ScheduleConfig.from_json(loading.read_json(folder / "scheduler" / "scheduler_config.json"))
         tokenizers = Tokenizer.from_folder(folder / "tokenizer"), Tokenizer.from_folder(folder / "tokenizer_2")
+        schedule = schedule.spaced(spacing)
         return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        vae: str | Path | None = None, loras: LoRAs = (), offload: bool = False, tile: int | None = None,
+        vae: str | Path | None = None, loras: LoRAs = (), spacing: str | None = None, offload: bool = False,
+        tile: int | None = None,
     ) -> ConsiStory:
         """Load an SDXL checkpoint in the original layout, one `.safetensors` file. Options as for `from_pretrained`.
 
         vae: with another one given, the file need not hold one.
-        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device.
+        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device or spacing.
         """
         device = usable_device(device)
         configs = loading.sdxl_configs()
@@ -178,14 +183,15 @@ class ConsiStory:
         if vae is not None:
             parts["vae"] = _vae_component(vae, configs["vae"])
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
-        schedule = loading.single_file_schedule(Path(path), configs["scheduler"])
+        schedule = ScheduleConfig.from_json(loading.single_file_schedule(Path(path), configs["scheduler"]))
         index = configs["model_index"]
+        schedule = schedule.spaced(spacing)
         return cls._assemble(str(path), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod
     def _assemble(
         cls, name: str, tokenizers: tuple[Tokenizer, Tokenizer], parts: dict[str, loading.Component],
-        schedule: loading.Json, index: loading.Json, device: torch.device, dtype: torch.dtype,
+        schedule: ScheduleConfig, index: loading.Json, device: torch.device, dtype: torch.dtype,
         vae: str | Path | None, loras: LoRAs, offload: bool, tile: int | None,
     ) -> ConsiStory:
         check_tile(tile)
@@ -214,7 +220,7 @@ class ConsiStory:
             ),
             unet=load("unet", lambda c: UNet(UNetConfig.from_json(c))),
             vae=load("vae", lambda c: VAE(VAEConfig.from_json(c)), vae_dtype),
-            schedule=ScheduleConfig.from_json(schedule),
+            schedule=schedule,
             zero_negative=index.get("force_zeros_for_empty_prompt", True),
             device=device,
             tile=tile,
@@ -279,6 +285,8 @@ class ConsiStory:
         concepts: words or phrases for the subject that every prompt contains; by default the subject's head noun.
         seed: noise of picture i is seeded with seed + i, or with the i-th of several seeds; `latents` [N, 4, h, w] are
             noise given outright.
+        guidance: how closely to follow the prompt (Ho & Salimans 2022). At 1 or less there is none, as distilled models
+            want it, and a step takes half the work; the negative prompt plays no part then.
         clip_skip: layers of the text encoders to leave out besides the last one, which SDXL does without; as in
             diffusers, of the prompts only, not of the negative prompt. By default 0.
         anchors: the first so many pictures share their subject with all; by default 2.
@@ -306,6 +314,7 @@ class ConsiStory:
         height, width = self._check_size(height, width)
         anchors = check_anchors(anchors, images)
         check_sampling(steps, self.schedule, guidance)
+        check_negative(negative_prompt, guidance)
         clip_skip = clip_skip or 0
         check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
         seeds = expand_seeds(seed, images)
@@ -378,11 +387,11 @@ class ConsiStory:
         assert isinstance(cond.context, Tensor)
         keys = self.unet.prompt_keys(cond.context)
         if self.picture is not None:
-            keys = self.picture.beside(keys)
+            keys = self.picture.beside(keys, cond.guided)
         return Plan(
             unet=self.unet, schedule=self.schedule, cond=replace(cond, context=keys),
             token_weights=self.token_weights(prompts, recipe.concepts), config=recipe.config, steps=recipe.steps,
-            guidance=recipe.guidance, anchors=len(recipe.prompts), seed=recipe.seeds[0],
+            guidance=max(recipe.guidance, 1.0), anchors=len(recipe.prompts), seed=recipe.seeds[0],
             latent_size=self.latent_shape(recipe.height, recipe.width)[1:],
         )
 
@@ -504,16 +513,19 @@ class ConsiStory:
         return np.stack(pictures)
 
     def _conditioning(self, prompts: list[str], recipe: Recipe) -> Conditioning:
-        """Token states and the rest of 2 N samples: the unconditional half, then the conditional half."""
-        negative = [] if recipe.negative_prompt is None and self.zero_negative else [recipe.negative_prompt or ""]
-        states = self.encode_prompts(prompts, recipe.clip_skip, negative, warn=False)
-        n = len(prompts)
-        context, pooled = (
-            torch.cat([x[n:].expand_as(x[:n]) if negative else torch.zeros_like(x), x[:n]]) for x in states
-        )
+        """Token states and the rest of the prompts' samples. Photos have a guidance of their own."""
+        guided, n = recipe.guidance > 1 or recipe.photos is not None, len(prompts)
+        no_negative = not guided or (recipe.negative_prompt is None and self.zero_negative)
+        negative = [] if no_negative else [recipe.negative_prompt or ""]
+        context, pooled = self.encode_prompts(prompts, recipe.clip_skip, negative, warn=False)
+        if guided:
+            context, pooled = (
+                torch.cat([x[n:].expand_as(x[:n]) if negative else torch.zeros_like(x), x[:n]])
+                for x in (context, pooled)
+            )
         height, width = recipe.height, recipe.width
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(2 * len(prompts), 6)
-        return Conditioning(context, pooled, sizes)
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(pooled), 6)
+        return Conditioning(context, pooled, sizes, guided)
 
     def token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""

@@ -62,7 +62,7 @@ class CallRecorder:
     source_mask: Tensor | None
 
     def input(self, x: Tensor, site: Site) -> None:
-        """What the images' keys and values are made of, [2, N, P, C], anchors first."""
+        """What the images' keys and values are made of, [G, N, P, C], anchors first; G = 2 if guided, else 1."""
         mask = self.key_masks[site.stride]
         self.file.write(_name(self.call, "input", site), x[:, : len(mask)][:, mask])
 
@@ -115,7 +115,7 @@ class RecordedCall:
     key_masks: dict[int, Tensor]
 
     def keys_values(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Keys and values of the anchors where the key mask is, [2, A, H, P, d] each."""
+        """Keys and values of the anchors where the key mask is, [G, A, H, P, d] each."""
         x, mask = self.recorded.rows(_name(self.call, "input", site)), self.key_masks[site.stride]
         k, v = self.recorded.layers[site].keys_values(x)
         return spread(k, mask).movedim(2, 1), spread(v, mask).movedim(2, 1)

@@ -50,7 +50,7 @@ class Sharing:
 
 @dataclass
 class Consistent(AttentionControl):
-    """One consistent call of the UNet on 2 N samples, N unconditional ones before their N conditional twins.
+    """One consistent call of the UNet on N images: N conditional samples, after their N unconditional twins if guided.
 
     token_weights: [N, T, K] which tokens are concept k, each column's weights adding up to 1.
     map_stride: stride of the cross-attention layers that tell where the subject is: the coarsest attended.
@@ -70,15 +70,19 @@ class Consistent(AttentionControl):
     cross_maps: list[Tensor] = field(default_factory=list)  # one [N, P, K] per layer, recorded during the call
     dift: Tensor | None = None  # [N, C, h, w], recorded during the call
 
+    @property
+    def images(self) -> int:
+        return len(self.token_weights)
+
     def self_input(self, x: Tensor, site: Site) -> None:
         if self.recorder is not None and self.sharing is not None and site.part == "decoder":
-            self.recorder.input(rearrange(x, "(g n) p c -> g n p c", g=2), site)
+            self.recorder.input(rearrange(x, "(g n) p c -> g n p c", n=self.images), site)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Eqs. 2-3: queries of image i see its own patches and the subject patches of every anchor it reads."""
         if self.sharing is None or site.part != "decoder":
             return super().self_attention(q, k, v, site)
-        q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", g=2) for y in (q, k, v))
+        q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", n=self.images) for y in (q, k, v))
         if self.sharing.align_keys:
             out = aligned_attention(
                 q, k, v, self.sharing.key_masks[site.stride], self.sharing.share,
@@ -97,31 +101,31 @@ class Consistent(AttentionControl):
         if self.sharing.vanilla is None:
             return None
         recorded, weight = self.sharing.vanilla
-        return rearrange(recorded.queries[site], "(g n) h p d -> g n h p d", g=2), weight
+        return rearrange(recorded.queries[site], "(g n) h p d -> g n h p d", n=self.images), weight
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Eq. 7's input: the conditional half's probabilities of the concept tokens, averaged over heads."""
         if site.stride != self.map_stride or not self.token_weights.shape[-1]:
             return super().cross_attention(q, k, v, site)
-        n = len(q) // 2
-        unconditional = F.scaled_dot_product_attention(q[:n], k[:n], v[:n])
-        conditional, cross_map = cross_attention(q[n:], k[n:], v[n:], self.token_weights)
+        n = self.images
+        conditional, cross_map = cross_attention(q[-n:], k[-n:], v[-n:], self.token_weights)
         self.cross_maps.append(cross_map)
-        return torch.cat([unconditional, conditional])
+        if len(q) == n:
+            return conditional
+        return torch.cat([F.scaled_dot_product_attention(q[:n], k[:n], v[:n]), conditional])
 
     def self_output(self, x: Tensor, site: Site) -> Tensor:
         if self.injection is None or site.stride != self.injection_stride or site.part == "mid":
             return x
-        unconditional, conditional = x.chunk(2)
-        conditional = self.injection(conditional, self.recorded.output(site) if self.recorded else None)
+        conditional = self.injection(x[-self.images :], self.recorded.output(site) if self.recorded else None)
         if self.recorder is not None:
             self.recorder.output(conditional, site)
-        return torch.cat([unconditional, conditional])
+        return torch.cat([x[: -self.images], conditional])
 
     def decoder_features(self, x: Tensor, index: int) -> None:
         """DIFT features are the first decoder block's output for the conditional images."""
         if index == 0:
-            self.dift = x.chunk(2)[1]
+            self.dift = x[-self.images :]
 
 
 def align_keys(keys: Tensor, to: Tensor) -> Tensor:

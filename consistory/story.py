@@ -50,8 +50,8 @@ class Observer:
 class Plan:
     """Everything that stays the same while a story is told.
 
-    cond: of 2 N samples, the unconditional half first.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
-    guidance: one for all images, or one each, [N, 1, 1, 1].
+    cond: of N images' samples.  token_weights: [N, 77, K], see `Tokenizer.concept_positions`.
+    guidance: one for all images, or one each, [N, 1, 1, 1]; unless `cond` is guided, there is none.
     anchors: A; the first A images share their subject with all.  seed: of mask dropout.
     recorded: the A anchors if they were drawn before; then none of the N images is one.
     recorder: writes down what later images will need of the anchors.
@@ -206,7 +206,8 @@ def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = N
 
 def guided_output(plan: Plan, state: State, injection: Injection | None, call: Call) -> tuple[Tensor, Consistent]:
     """One consistent call with guidance: the predicted noise (or v) [N, 4, h, w], and the control with its records."""
-    x, t = torch.cat([state.x, state.x]).to(plan.cond.pooled.dtype), plan.timesteps[state.step]
+    x = state.x.repeat(1 + plan.cond.guided, 1, 1, 1).to(plan.cond.pooled.dtype)
+    t = plan.timesteps[state.step]
     recorded = plan.recorded.call(call) if plan.recorded else None
     sharing = plan_sharing(plan, state, recorded)
     recorder = plan.recorder.call(call, sharing.key_masks if sharing else {}) if plan.recorder else None
@@ -222,8 +223,10 @@ def guided_output(plan: Plan, state: State, injection: Injection | None, call: C
         if injection is not None:
             plain = add_residuals(plan.unet.encode(x, t, plan.cond, AttentionControl()), residuals)
         plan.unet.decode_blocks(plan.unet.attended_blocks, plain, state.vanilla, plan.config.freeu)
-    output = plan.unet.decode(encoded, observed, plan.config.freeu)
-    unconditional, conditional = output.float().chunk(2)
+    output = plan.unet.decode(encoded, observed, plan.config.freeu).float()
+    if not plan.cond.guided:
+        return output, control
+    unconditional, conditional = output.chunk(2)
     return unconditional + plan.guidance * (conditional - unconditional), control
 
 

@@ -179,6 +179,7 @@ class Subject:
             photos = {**asdict(recipe.photos), "latents": digest(self.photos)}
         return {
             "model": pipe.name, "vae": pipe.other_vae, "loras": [[str(file.path), file.weight] for file in pipe.loras],
+            "spacing": "trailing" if pipe.schedule.trailing else "leading",
             "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
             "clip_skip": recipe.clip_skip, "anchors": len(recipe.prompts), "width": recipe.width,
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),

@@ -23,23 +23,29 @@ from .freeu import apply_freeu
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a sample is conditioned on.
+    """What samples are conditioned on.
 
     context: [B, 77, Cx] token states of both text encoders, or what `UNet.prompt_keys` makes of them.
     pooled: [B, D] projected end-of-text state of the second one.
     sizes: [B, 6] original height and width, crop top and left, target height and width, in pixels.
+    guided: whether the B samples are those of N images twice, first without the prompt, then with it; otherwise once.
     """
 
     context: Prompt
     pooled: Tensor
     sizes: Tensor
+    guided: bool = True
+
+    def samples(self, images: Sequence[int]) -> list[int]:
+        """Which samples belong to some of the N images."""
+        n = len(self.pooled) // (1 + self.guided)
+        return [half * n + i for half in range(1 + self.guided) for i in images]
 
     def of(self, images: Sequence[int]) -> Conditioning:
-        """That of some of N images, whose 2 N samples are the unconditional half, then the conditional half."""
+        """That of some of the N images."""
         assert isinstance(self.context, Tensor)
-        n = len(self.pooled) // 2
-        both = [*images, *(n + i for i in images)]
-        return Conditioning(self.context[both], self.pooled[both], self.sizes[both])
+        samples = self.samples(images)
+        return Conditioning(self.context[samples], self.pooled[samples], self.sizes[samples], self.guided)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from parity import randn, relative_error
 
 from consistory import ConsistoryError, ddim
@@ -37,6 +38,7 @@ CONFIGS = {
     "zero-terminal-snr": config_json(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     ),
+    "trailing": config_json(timestep_spacing="trailing"),
     "short-and-steep": config_json(num_train_timesteps=300, beta_start=0.002, beta_end=0.05),
 }
 
@@ -120,6 +122,31 @@ def test_a_prediction_tells_signal_and_noise_apart(prediction: str) -> None:
 def test_pure_noise_is_where_a_zero_terminal_snr_starts() -> None:
     schedule = ScheduleConfig.from_json(CONFIGS["zero-terminal-snr"])
     assert ddim.alpha_bars(schedule)[ddim.timesteps(schedule, 50)[0]] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_trailing_steps_are_eulers(steps: int) -> None:
+    """As distilled checkpoints are sampled: Euler's states are ours over the signal's share. It ends without noise."""
+    schedule = replace(ScheduleConfig().spaced("trailing"), final_alpha_one=True)
+    oracle = EulerDiscreteScheduler.from_config(CONFIGS["trailing"])
+    oracle.set_timesteps(steps)
+    assert ddim.timesteps(schedule, steps) == oracle.timesteps.tolist()
+    alpha_bars = ddim.alpha_bars(schedule)
+    x = randn(1, 4, 6, 5)
+    theirs = x / alpha_bars[999].sqrt()
+    for i, t in enumerate(ddim.timesteps(schedule, steps)):
+        eps, after = randn(1, 4, 6, 5, seed=i + 1), ddim.alpha_bar_after(schedule, steps, t)
+        x = ddim.step(x, eps, alpha_bars[t], after)
+        theirs = oracle.step(eps, oracle.timesteps[i], theirs).prev_sample
+        assert relative_error(x / after.sqrt(), theirs) <= TOLERANCE
+
+
+def test_a_spacing_that_cannot_be() -> None:
+    assert ScheduleConfig().spaced(None) == ScheduleConfig() == ScheduleConfig().spaced("leading")
+    with pytest.raises(ConsistoryError, match="spacing is 'linspace': use"):
+        ScheduleConfig().spaced("linspace")
+    with pytest.raises(ConsistoryError, match="has to start at pure noise: use trailing"):
+        ScheduleConfig.from_json(CONFIGS["zero-terminal-snr"]).spaced("leading")
 
 
 @pytest.mark.parametrize("others", [{"prediction_type": "sample"}, {"beta_schedule": "linear"}])

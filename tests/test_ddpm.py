@@ -16,7 +16,7 @@ SCHEDULE = ScheduleConfig()
 SCHEDULES = {
     "sdxl": SCHEDULE,
     "v": replace(SCHEDULE, prediction="v_prediction"),
-    "zero terminal snr": replace(SCHEDULE, prediction="v_prediction", zero_terminal_snr=True),
+    "zero terminal snr": replace(SCHEDULE, prediction="v_prediction", zero_terminal_snr=True, trailing=True),
 }
 STEPS = 7
 

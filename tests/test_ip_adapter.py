@@ -86,7 +86,7 @@ def test_it_equals_diffusers(kind: str, tmp_path: Path) -> None:
     expected = oracle(x, t, encoder_hidden_states=cond.context, added_cond_kwargs=added).sample
 
     picture = PicturePrompt.make(IPAdapter.load(path, unet), features, weight=0.7)
-    prompted = replace(cond, context=picture.beside(unet.prompt_keys(cond.context)))
+    prompted = replace(cond, context=picture.beside(unet.prompt_keys(cond.context), guided=True))
     assert relative_error(unet(x, t, prompted), expected) <= 1e-5
     assert relative_error(unet(x, t, cond), expected) > 0.01
 

@@ -159,6 +159,7 @@ def test_accepted_steps_can_be_sampled(pipe: ConsiStory, steps: int) -> None:
         ({"steps": 1000}, "1000 steps.*1 to 999"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"guidance": float("inf")}, "guidance inf"),
+        ({"guidance": 1, "negative_prompt": "blur"}, "does nothing at guidance 1: leave it out"),
         ({"clip_skip": -1}, "clip_skip -1.*0 to 2"),
         ({"clip_skip": 3}, "clip_skip 3.*0 to 2"),
     ],
@@ -333,7 +334,7 @@ def test_a_story(pipe: ConsiStory) -> None:
         "model": pipe.name, "vae": None, "loras": [], "steps": 2, "guidance": 5.0, "negative_prompt": None,
         "clip_skip": 0, "anchors": 2, "width": 32, "height": 64, "dtype": "float32", "config": None,
         "fingerprint": pipe.fingerprint, "latents": None, "anchor_prompts": story.prompts[:2], "anchor_seeds": [7, 8],
-        "controls": [], "photos": None, "picture": None,
+        "controls": [], "photos": None, "picture": None, "spacing": "leading",
     }  # fmt: skip
 
 

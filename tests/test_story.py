@@ -214,6 +214,19 @@ def test_vanilla_is_plain_sampling_with_guidance(unet: UNet) -> None:
     assert actual.nearest == {}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_guidance_1_needs_no_unconditional_half(unet: UNet, config: ConsistoryConfig) -> None:
+    plan = replace(make_plan(unet, config), guidance=1.0)
+    n, cond = len(plan.token_weights), plan.cond
+    assert isinstance(cond.context, Tensor)
+    alone = Conditioning(cond.context[n:], cond.pooled[n:], cond.sizes[n:], guided=False)
+    x = noise(plan)
+    actual, expected = tell(replace(plan, cond=alone), x), tell(plan, x)
+    assert relative_error(actual.latents, expected.latents) <= 1e-6
+    assert all(torch.equal(actual.masks[stride], mask) for stride, mask in expected.masks.items())
+
+
 # --- what depends on what ---------------------------------------------------------------------------------------------
 
 

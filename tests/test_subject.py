@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import randn, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, FreeU, Story
+from consistory.ip_adapter import ImageTokens, IPAdapter
 from consistory.subject import Subject, fingerprint, identity
 from consistory.unet import UNet
 
@@ -73,6 +75,27 @@ def test_a_story_in_chunks_is_the_same_story(
     assert [size for i, size in enumerate(batches) if i % (len(batches) // len(calls)) == 0] == calls
     assert set(batches) == set(calls)
     assert ticks == [(done, ticks[-1][1]) for done in range(1, ticks[-1][1] + 1)]
+
+
+def test_without_guidance_a_call_takes_half_the_samples(
+    pipe: ConsiStory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1 or less, with a picture that prompts, too, at once and in every way that a subject is kept."""
+    adapter = IPAdapter(pipe.unet, ImageTokens(6, tokens=2, context_width=pipe.unet.config.context_width))
+    randomise(adapter)
+    prompted = pipe.with_picture(adapter, randn(2, 6))
+    batches: list[int] = []
+    encode = pipe.unet.encode
+    monkeypatch.setattr(pipe.unet, "encode", lambda x, *others: batches.append(len(x)) or encode(x, *others))
+    call = {"subject": "a cute dog", "seed": 3, **SIZE}
+    whole = prompted(**call, settings=SETTINGS, guidance=1)
+    assert set(batches) == {4}
+    assert torch.equal(prompted(**call, settings=SETTINGS, guidance=0).latents, whole.latents)
+    close = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(prompted(**call, settings=SETTINGS, guidance=1 + 1e-9).latents, whole.latents, **close)
+    for record in (None, tmp_path / "recording.safetensors"):
+        subject = prompted(**call, settings=SETTINGS[:2], guidance=1, record=record).subject
+        torch.testing.assert_close(subject.extend(SETTINGS[2:]).latents, whole.latents[2:], **close)
 
 
 def test_plain_pictures_in_chunks(pipe: ConsiStory) -> None:
