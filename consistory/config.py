@@ -204,7 +204,6 @@ class ScheduleConfig:
             trailing=d.get("timestep_spacing") == "trailing" or d.get("rescale_betas_zero_snr", False),
         )
 
-
     def spaced(self, spacing: str | None) -> ScheduleConfig:
         """With "leading" or "trailing" timesteps; None leaves them as they are.
 
