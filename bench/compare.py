@@ -1,7 +1,7 @@
 """How do others keep a subject, and how long does it take? Stories on `sprites`, judged by the oracle.
 
     python bench/compare.py             # 4 sets of 5 settings -> bench/results/compare.json and compare.png
-    python bench/compare.py --quick     # 2 sets, 3 steps, next to no training, in bench/results/quick/
+    python bench/compare.py --quick     # 2 sets, 2 steps, next to no training, in bench/results/quick/
 
 For every set: one subject, five settings, one seed per picture. Whoever has to learn the subject learns it from one
 picture, the one that the plain model draws of the first setting. Scores as in bench/ablation.py. Times are processor

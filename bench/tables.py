@@ -1,10 +1,11 @@
 """Every table and plot of the README, from seeds, on a CPU.
 
-    python bench/tables.py            # -> bench/results/, in under 90 minutes on two cores with AVX-512
-    python bench/tables.py --quick    # the same in small, -> bench/results/quick/, in less than five
+    python bench/tables.py            # -> runs/tables/, in under 90 minutes on two cores with AVX-512
+    python bench/tables.py --quick    # the same in small, -> runs/tables/quick/, in less than five
 
-One measurement after another; those that take long share their work out over `--jobs` processes. What was interrupted
-goes on where it was (ablation, compare, photos) or starts again. How long each took is kept in tables.json.
+Nothing is taken from bench/results/, which holds what these were when last committed. One measurement after another;
+those that take long share their work out over `--jobs` processes. What was interrupted goes on where it was (ablation,
+compare, photos) or starts again. How long each took is kept in tables.json.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--out", type=Path, default=BENCH / "results")
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     args = parser.parse_args()
     folder = args.out / "quick" if args.quick else args.out
     folder.mkdir(parents=True, exist_ok=True)
