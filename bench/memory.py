@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from consistory import ConsiStory, ConsistoryConfig, QueryBlend, model
-from consistory.config import TextConfig, UNetConfig, VAEConfig
+from consistory.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from consistory.text import TextEncoder
 from consistory.tokenizer import Tokenizer
 from consistory.unet import UNet
@@ -250,8 +250,9 @@ def load(device: str, configs: Configs, option: Option) -> ConsiStory:
     parts = {name: (configs[name], TensorSource(name, weights(name, configs[name], device))) for name in COMPONENTS}
     with patch.object(loading, "is_finite", lambda x: True):  # tensors on "meta" have no values
         return ConsiStory._assemble(
-            "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, configs["scheduler"], configs["model_index"],
-            torch.device(device), torch.float16, vae=None, loras=(), offload=option.offload, tile=option.tile,
+            "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, ScheduleConfig.from_json(configs["scheduler"]),
+            configs["model_index"], torch.device(device), torch.float16, vae=None, loras=(), offload=option.offload,
+            tile=option.tile,
         )  # fmt: skip
 
 
