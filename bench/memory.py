@@ -248,11 +248,11 @@ def phases(meter: Meter) -> Iterator[None]:
 def load(device: str, configs: Configs, option: Option) -> ConsiStory:
     """A float16 model of random weights, made as a checkpoint is; for "meta" of arbitrary ones."""
     parts = {name: (configs[name], TensorSource(name, weights(name, configs[name], device))) for name in COMPONENTS}
+    schedule = ScheduleConfig.from_json(configs["scheduler"])
     with patch.object(loading, "is_finite", lambda x: True):  # tensors on "meta" have no values
         return ConsiStory._assemble(
-            "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, ScheduleConfig.from_json(configs["scheduler"]),
-            configs["model_index"], torch.device(device), torch.float16, vae=None, loras=(), offload=option.offload,
-            tile=option.tile,
+            "random", (Tokenizer.clip(), Tokenizer.clip(pad="!")), parts, schedule, configs["model_index"],
+            torch.device(device), torch.float16, vae=None, loras=(), offload=option.offload, tile=option.tile,
         )  # fmt: skip
 
 
