@@ -286,7 +286,7 @@ class ConsiStory:
         seed: noise of picture i is seeded with seed + i, or with the i-th of several seeds; `latents` [N, 4, h, w] are
             noise given outright.
         guidance: how closely to follow the prompt (Ho & Salimans 2022). At 1 or less there is none, as distilled models
-            want it, and a step takes half the work; the negative prompt plays no part then.
+            want it, and a step takes half the work; nor can there be a negative prompt.
         clip_skip: layers of the text encoders to leave out besides the last one, which SDXL does without; as in
             diffusers, of the prompts only, not of the negative prompt. By default 0.
         anchors: the first so many pictures share their subject with all; by default 2.
