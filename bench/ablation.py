@@ -14,7 +14,8 @@ alignment     pictures that show the subject, and the setting, that the prompt a
 diversity     displacement (App. C): how far apart the same part of the subject is in two pictures, over all pairs, as a
               share of the side. Parts are matched by diffusion features of the finished pictures, noised to t = 261,
               within the subject as the oracle sees it. place, size: standard deviation over a set of the subject's
-              centre (share of the side) and of the logarithm of its area.
+              centre (share of the side) and of the logarithm of its area. facing: pairs of pictures in which it faces
+              different ways.
 
 Every claim is a difference of two rows on the same sets; it counts if it exceeds two standard errors.
 """
@@ -93,7 +94,8 @@ ROWS = {
 CLAIMS = [  # score, the row that should have more of it, the row that should have less
     ("all", "full", "no injection"), ("all", "no injection", "no SDSA"), ("all", "no SDSA", "vanilla"),
     ("displacement", "full", "no dropout"), ("displacement", "no dropout", "no dropout, no blending"),
-    ("displacement", "vanilla", "full"), ("setting", "vanilla", "full"), ("subject", "vanilla", "full"),
+    ("displacement", "vanilla", "full"), ("facing", "full", "no dropout"), ("facing", "vanilla", "full"),
+    ("setting", "vanilla", "full"), ("subject", "vanilla", "full"),
 ]  # fmt: skip
 DROPOUTS = {"no dropout": 0.0, "dropout 0.15": 0.15, "dropout 0.3": 0.3, "full": 0.5, "dropout 0.7": 0.7}
 ANCHORS = {"1 anchor": 1, "full": 2, "3 anchors": 3, "5 anchors": 5}
@@ -125,6 +127,7 @@ def judge(row: Row, number: int, steps: int) -> Scores:
         "likeness": likeness(story, reading),
         "displacement": displacement(story, reading),
         **layouts(reading.mask.float()),
+        "facing": differing(reading.facing),
     }
 
 
@@ -164,6 +167,11 @@ def layouts(masks: Tensor) -> Scores:
     y = (masks.mean(dim=2) * torch.arange(h) / h).mean(dim=1) / area
     x = (masks.mean(dim=1) * torch.arange(w) / w).mean(dim=1) / area
     return {"place": (x.var() + y.var()).sqrt().item(), "size": area.log().std().item()}
+
+
+def differing(values: Tensor) -> float:
+    """Share of the pairs of values that are not the same."""
+    return off_diagonal((values[:, None] != values).float())
 
 
 def off_diagonal(x: Tensor) -> float:
@@ -216,6 +224,7 @@ def claim(table: Table, score: str, more: str, less: str) -> dict[str, Any]:
 SCORES = {  # score: its name in the table, in per cent
     "subject": "subject", "setting": "setting", "main": "main", "second": "second", "pattern": "pattern",
     "all": "all three", "likeness": "likeness", "displacement": "displacement", "place": "place", "size": "size",
+    "facing": "facing",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from consistory.weights.sprites.oracle import Reading
+from consistory.weights.sprites.oracle import PROPERTIES, Reading
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -17,7 +17,7 @@ import tables
 
 
 def reading(**values: list[int]) -> Reading:
-    fields = {name: torch.tensor(values.get(name, [0, 0, 0])) for name in ("subject", "setting", *judging.AGREEMENTS)}
+    fields = {name: torch.tensor(values.get(name, [0, 0, 0])) for name in PROPERTIES}
     return Reading(**fields, mask=torch.zeros(3, 64, 64, dtype=torch.bool), probabilities={})
 
 

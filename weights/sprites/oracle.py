@@ -5,11 +5,12 @@
     reading.main                          # int64 [N], indices into COLOUR_NAMES
     reading.mask                          # bool [N, 64, 64], the subject's pixels
 
-    python -m consistory.weights.sprites.oracle train --minutes 30
+    python -m consistory.weights.sprites.oracle train --work runs/sprites --minutes 30
     python -m consistory.weights.sprites.oracle evaluate
 
 A small convolutional network finds the subject's pixels first and then judges its kind, colours and pattern from the
-features inside them, so that the setting cannot colour the answer. It is trained on rendered scenes with one subject,
+features inside them, so that the setting cannot colour the answer; which way it faces, from how these differ between
+its left and right. It is trained on rendered scenes with one subject,
 blurred, noisy, slightly recoloured or passed through the autoencoder: the pictures it is for are generated ones.
 """
 
@@ -43,6 +44,7 @@ PROPERTIES = {
     "main": len(COLOURS),
     "second": len(COLOURS),
     "pattern": len(PATTERNS),
+    "facing": 2,  # left, right
 }
 
 
@@ -54,6 +56,7 @@ class Reading(NamedTuple):
     main: Tensor
     second: Tensor
     pattern: Tensor
+    facing: Tensor  # 0 left, 1 right
     mask: Tensor  # [N, 64, 64] bool
     probabilities: dict[str, Tensor]  # property -> [N, answers]
 
@@ -83,8 +86,11 @@ class Oracle(nn.Module):
         self.up_fine = Block(64 + 40, 64)
         self.mask = nn.Conv2d(64, 4, 3, padding=1)  # four pixels a cell
         self.subject_features = nn.Sequential(nn.Linear(64 + 64 + 96, 160), nn.SiLU())
+        self.facing_maps = nn.Sequential(Block(64 + 40, 48), Block(48, 48))  # which way the pupils look, say
+        self.facing_features = nn.Sequential(nn.Linear(2 * 48 + 64 + 64 + 96, 64), nn.SiLU())
+        inputs = {"setting": 96, "facing": 64}
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(96 if name == "setting" else 160, answers) for name, answers in PROPERTIES.items()}
+            {name: nn.Linear(inputs.get(name, 160), answers) for name, answers in PROPERTIES.items()}
         )
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -98,10 +104,16 @@ class Oracle(nn.Module):
         mask = self.mask(up_fine)
         # Maps are averaged over the subject; no gradient goes that way: the mask is learnt from its own loss only.
         weight = mask.detach().sigmoid().mean(dim=1, keepdim=True)
-        inside = [_weighted_mean(x, F.adaptive_avg_pool2d(weight, x.shape[-2:])) for x in (up_fine, up_middle, coarse)]
+        maps = [(x, F.adaptive_avg_pool2d(weight, x.shape[-2:])) for x in (up_fine, up_middle, coarse)]
+        inside = [_weighted_mean(x, w) for x, w in maps]
         subject = self.subject_features(torch.cat(inside, dim=1))
-        setting = coarse.mean(dim=(2, 3))
-        logits = {name: head(setting if name == "setting" else subject) for name, head in self.heads.items()}
+        looks = self.facing_maps(torch.cat([up_fine, fine], dim=1))
+        leans = [_lean(x, w) for x, w in [(looks, weight), *maps]]
+        features = {
+            "setting": coarse.mean(dim=(2, 3)),
+            "facing": self.facing_features(torch.cat([_weighted_mean(looks, weight), *leans], dim=1)),
+        }
+        logits = {name: head(features.get(name, subject)) for name, head in self.heads.items()}
         return logits, F.pixel_shuffle(mask, 2)[:, 0]
 
     @classmethod
@@ -116,14 +128,22 @@ class Oracle(nn.Module):
         """images uint8 [N, 64, 64, 3], such as `Story.images` -> what they show."""
         pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(self.mask.weight)
         logits, mask = self(pixels / 255)
-        answers = {name: x.argmax(dim=-1) for name, x in logits.items()}
+        indices = {name: x.argmax(dim=-1) for name, x in logits.items()}
         probabilities = {name: x.softmax(dim=-1) for name, x in logits.items()}
-        return Reading(**answers, mask=mask > 0, probabilities=probabilities)
+        return Reading(**indices, mask=mask > 0, probabilities=probabilities)
 
 
 def _weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C, h, w], weight [N, 1, h, w] -> [N, C]."""
     return (x * weight).sum(dim=(2, 3)) / (weight.sum(dim=(2, 3)) + 1e-3)
+
+
+def _lean(x: Tensor, weight: Tensor) -> Tensor:
+    """Covariance of x [N, C, h, w] with the place across the subject, weight [N, 1, h, w], in its own width: [N, C]."""
+    place = torch.linspace(-1, 1, x.shape[-1], device=x.device).expand_as(weight)
+    offset = place - _weighted_mean(place, weight)[:, :, None, None]
+    width = _weighted_mean(offset**2, weight).sqrt() + 1e-3
+    return _weighted_mean(x * offset, weight) / width
 
 
 # ---------------------------------------------------------------- training
@@ -154,21 +174,34 @@ def degrade(images: Tensor, vae: VAE, generator: torch.Generator) -> Tensor:
     return (images + 0.04 * uniform(n, 1, 1, 1) * noise).clamp(0, 1)
 
 
+def answers(scenes: Scenes) -> dict[str, Tensor]:
+    """What the oracle should say of each property: indices [N]."""
+    drawn = {name: getattr(scenes, name) for name in PROPERTIES}
+    return drawn | {"facing": (scenes.facing > 0).long()}
+
+
 def oracle_loss(oracle: Oracle, images: Tensor, scenes: Scenes, masks: Tensor) -> Tensor:
     """Cross-entropy of every property and of the mask's pixels, summed."""
     with mixed_precision(images.device):
         logits, mask = oracle(images)
-    answers = [
-        F.cross_entropy(logits[name].float(), getattr(scenes, name), label_smoothing=0.02) for name in PROPERTIES
+    losses = [
+        F.cross_entropy(logits[name].float(), answer, label_smoothing=0.02) for name, answer in answers(scenes).items()
     ]
-    return torch.stack(answers).sum() + F.binary_cross_entropy_with_logits(mask.float(), masks.float())
+    return torch.stack(losses).sum() + F.binary_cross_entropy_with_logits(mask.float(), masks.float())
 
 
-def train_oracle(work: Path, plan: Plan, seed: int, device: torch.device) -> None:
-    """Train with the autoencoder of the same work folder, and write the weights into the package."""
+def train_oracle(work: Path, plan: Plan, seed: int, device: torch.device, facing_only: bool = False) -> None:
+    """Train with the autoencoder of the same work folder, and write the weights into the package.
+
+    facing_only: teach the shipped oracle which way subjects face; it answers all else as before.
+    """
     torch.manual_seed(seed)
     vae = load_vae(work, device)
     oracle = Oracle().to(device)
+    if facing_only:
+        oracle.load_state_dict(load_file(WEIGHTS), strict=False)
+        for name, parameter in oracle.named_parameters():
+            parameter.requires_grad_("facing" in name)
     run = start(oracle)
     resume(run, work / "oracle.safetensors")
 
@@ -189,7 +222,7 @@ def evaluate(
     images, masks = render(scenes)
     pixels = (change(images) * 255).round().byte().permute(0, 2, 3, 1)
     reading = oracle.read(pixels)
-    scores = {name: (getattr(reading, name) == getattr(scenes, name)).float().mean().item() for name in PROPERTIES}
+    scores = {name: (getattr(reading, name) == x).float().mean().item() for name, x in answers(scenes).items()}
     intersection, union = (reading.mask & masks).sum(dim=(1, 2)), (reading.mask | masks).sum(dim=(1, 2))
     return scores | {"mask": (intersection / union).mean().item()}
 
@@ -202,13 +235,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--facing-only", action="store_true", help="go on from the shipped weights, all else as it is")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.job == "train":
         if args.work is None:
             parser.error("say where the autoencoder is: --work")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        train_oracle(args.work, Plan(None, args.minutes, args.batch, args.rate), args.seed, device)
+        train_oracle(args.work, Plan(None, args.minutes, args.batch, args.rate), args.seed, device, args.facing_only)
     scenes = sample_scenes(2000, generator_for(args.seed, 8), second_subject=0.0)
     for name, score in evaluate(Oracle.load(), scenes).items():
         print(f"{name:8} {100 * score:.2f} %")
