@@ -142,7 +142,7 @@ def likeness(story: Story, reading: Reading) -> float:
 @torch.inference_mode()
 def displacement(story: Story, reading: Reading) -> float:
     """Mean distance, as a share of the side, between matched parts of the subject in two pictures; NaN without any."""
-    recipe = replace(story.subject.recipe, config=ConsistoryConfig.vanilla())
+    recipe = replace(story.subject.recipe, config=ConsistoryConfig.vanilla(), guidance=1.0)  # features need none
     plan = pipe.plan(recipe, story.prompts)
     alpha_bar = ddim.alpha_bars(plan.schedule)[plan.timesteps[plan.dift_step]]
     noise = torch.randn(story.latents.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
 """Do new pictures keep the subject of two photos? Rendered photos of new subjects, on `sprites`, judged by the oracle.
 
-    python bench/photos.py                            # 20 subjects -> bench/results/photos.json; goes on if interrupted
+    python bench/photos.py                            # 16 subjects -> bench/results/photos.json; goes on if interrupted
     python bench/photos.py --subjects 4 --steps 25    # a quick look
 
 For every subject: two rendered pictures of it, in two settings, at other places and sizes, and four new settings to
@@ -130,7 +130,7 @@ def summaries(table: Table) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", type=int, default=20)
+    parser.add_argument("--subjects", type=int, default=2 * len(SUBJECTS), help="two of each kind by default")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the subjects out among them")
     parser.add_argument("--reconstruct", action="store_true", help="that alone; prints the worst picture's figures")
