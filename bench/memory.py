@@ -369,7 +369,7 @@ def resident() -> int:
 
 def checked(size: int) -> dict[str, float]:
     """`compare_countings` in a process whose freed memory goes back to the system at once."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, __file__, "--check-only", "--size", str(size)]
     return json.loads(subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
