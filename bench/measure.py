@@ -52,7 +52,9 @@ def _cpu_seconds(call: Call) -> float:
 
 
 def _cuda_seconds(call: Call, repeats: int = 5) -> float:
+    """Time on the GPU: it is kept busy until the launches are queued, so that a slow host does not count."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(20_000_000)  # cycles: some 10 ms
     start.record()
     for _ in range(repeats):
         call()

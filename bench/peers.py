@@ -168,25 +168,45 @@ def xformers(a: Attention) -> Call:
 
 
 def flex(a: Attention) -> Call:
-    """FlexAttention, compiled, with a block mask that skips blocks of 128 x 128 without any kept key."""
+    """FlexAttention over the keys of {own, anchors}: its block mask skips blocks of 128 x 128 without any kept key."""
+    halves, images, _, patches, _ = a.q.shape
+    # One look-up a score: whatever else the mask function did, it would do for every score.
+    visible = F.pad(a.reads.flatten(1), (patches, 0), value=True).repeat(halves, 1)  # [G N, P + A P]
+
+    def join(x: Tensor) -> Tensor:
+        return torch.cat([x, _anchor_rows(x, a.anchors)[:, None].expand(-1, images, -1, -1, -1)], dim=3)
+
+    return _flex(a, lambda b, h, q, key: visible[b, key], patches * (1 + a.anchors), join)
+
+
+def flex_packed(a: Attention) -> Call:
+    """FlexAttention over the own keys and the kept ones, padded to the image that keeps most."""
+    kept = a.reads.flatten(1)
+    lengths = (a.q.shape[3] + kept.sum(1)).repeat(a.q.shape[0])  # [G N]
+    longest = int(kept.sum(1).max())
+    rows = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+
+    def join(x: Tensor) -> Tensor:
+        return torch.cat([x, _anchor_rows(x, a.anchors)[:, :, rows].transpose(1, 2)], dim=3)
+
+    return _flex(a, lambda b, h, q, key: key < lengths[b], a.q.shape[3] + longest, join)
+
+
+def _flex(a: Attention, visible: Callable[..., Tensor], keys: int, join: Callable[[Tensor], Tensor]) -> Call:
+    """Compiled. visible: FlexAttention's mask function; join: [G, N, H, P, d] -> [G, N, H, keys, d], in every call."""
     _needs_cuda(a.q)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    halves, images, _, patches, _ = a.q.shape
-    reads = a.reads.flatten(1)
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
-        return (key < patches) | reads[b % images, (key - patches).clamp(min=0)]
-
     torch._dynamo.reset()
-    mask = create_block_mask(visible, halves * images, None, patches, patches * (1 + a.anchors), device=a.q.device)
+    q = a.q.flatten(0, 1)
+    mask = create_block_mask(visible, len(q), None, q.shape[2], keys, device=q.device)
     attend = torch.compile(flex_attention, dynamic=False)
+    return lambda: attend(q, join(a.k).flatten(0, 1), join(a.v).flatten(0, 1), block_mask=mask).view_as(a.q)
 
-    def join(x: Tensor) -> Tensor:
-        everyone = x[:, : a.anchors].transpose(1, 2).flatten(2, 3)[:, None].expand(-1, images, -1, -1, -1)
-        return torch.cat([x, everyone], dim=3).flatten(0, 1)
 
-    return lambda: attend(a.q.flatten(0, 1), join(a.k), join(a.v), block_mask=mask).view_as(a.q)
+def _anchor_rows(x: Tensor, anchors: int) -> Tensor:
+    """[G, N, H, P, d] -> [G, H, A P, d]"""
+    return x[:, :anchors].transpose(1, 2).flatten(2, 3)
 
 
 def plain_attention(a: Attention) -> Call:
@@ -336,6 +356,7 @@ CONTENDERS: dict[str, Contenders] = {
         "image loop": image_loop,
         "varlen": varlen,
         "FlexAttention": flex,
+        "FlexAttention, packed": flex_packed,
         "xformers": xformers,
         "flash-attn": flash_attn,
         "floor": plain_attention,

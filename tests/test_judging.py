@@ -12,6 +12,7 @@ from consistory.weights.sprites.oracle import PROPERTIES, Reading
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import ablation
 import judging
 import tables
 
@@ -25,6 +26,11 @@ def test_pairs_that_agree() -> None:
     found = judging.agreements(reading(main=[1, 1, 2], second=[3, 3, 3], pattern=[0, 1, 2]))
     assert found == {"main": pytest.approx(1 / 3), "second": 1, "pattern": 0, "all": 0}
     assert judging.agreements(reading(main=[1, 1, 2]))["all"] == pytest.approx(1 / 3)
+
+
+def test_pairs_that_differ() -> None:
+    assert ablation.differing(torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+    assert ablation.differing(torch.tensor([1, 1, 1])) == 0
 
 
 def test_pictures_that_show_what_is_asked_for() -> None:

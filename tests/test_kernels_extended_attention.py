@@ -108,8 +108,8 @@ def test_empty_and_full_masks(backend: Backend, kept: float) -> None:
 @pytest.mark.parametrize("backend", ALL)
 def test_share_alone_decides_who_reads_whom(backend: Backend) -> None:
     """Rows of every kind: nobody, one anchor, another, all, and twice the same."""
-    case = Case(G=2, N=6, A=3, H=1, P=24, d=16)
-    rows = [[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 1]]
+    case = Case(G=2, N=8, A=3, H=1, P=24, d=16)
+    rows = [[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 0]]
     key_mask, _ = case.masks()
     check(backend, *case.tensors(torch.float32), key_mask, torch.tensor(rows, dtype=torch.bool, device=DEVICE))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites.loop import generator_for
-from consistory.weights.sprites.oracle import PROPERTIES, WEIGHTS, Oracle, degrade, evaluate, oracle_loss
-from consistory.weights.sprites.train import VAE_JSON
+from consistory.weights.sprites import oracle as module
+from consistory.weights.sprites.loop import Plan, generator_for
+from consistory.weights.sprites.oracle import PROPERTIES, WEIGHTS, Oracle, degrade, evaluate, oracle_loss, train_oracle
+from consistory.weights.sprites.train import VAE_JSON, restore
 from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
+from safetensors.torch import load_file
 from torch import Tensor
 
 from consistory.config import VAEConfig
@@ -59,6 +64,13 @@ def test_a_change_of_subject_changes_only_that_answer(oracle: Oracle) -> None:
     assert (reading.setting == one.setting).all() and (reading.main == one.main).all()
 
 
+def test_a_subject_in_a_mirror_faces_the_other_way(oracle: Oracle) -> None:
+    images, _ = render(sample_scenes(200, generator_for(109), second_subject=0.0))
+    pixels = (images * 255).byte().permute(0, 2, 3, 1)
+    differs = oracle.read(pixels).facing != oracle.read(pixels.flip(2)).facing
+    assert differs.float().mean() >= 0.97
+
+
 def test_weights_are_small() -> None:
     assert WEIGHTS.stat().st_size <= 2**20
 
@@ -70,6 +82,20 @@ def test_properties_do_not_teach_the_mask() -> None:
     torch.stack([x.square().sum() for x in logits.values()]).sum().backward()
     assert fresh.mask.weight.grad is None
     assert fresh.up_fine.conv.weight.grad is not None
+
+
+def test_learning_to_see_which_way_subjects_face_changes_no_other_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load_file(WEIGHTS)
+    shutil.copy(WEIGHTS, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(module, "WEIGHTS", tmp_path / "weights.safetensors")
+    restore(WEIGHTS.parent / "checkpoint", tmp_path)
+    plan = Plan(images=8, minutes=None, batch=4, rate=1e-3)
+    train_oracle(tmp_path, plan, seed=0, device=torch.device("cpu"), facing_only=True)
+    after = load_file(tmp_path / "weights.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("facing" in name for name in changed)
 
 
 def test_training_lowers_the_loss() -> None:
