@@ -1,7 +1,7 @@
 """Every table and plot of the README, from seeds, on a CPU.
 
     python bench/tables.py            # -> runs/tables/, in under 90 minutes on two cores with AVX-512
-    python bench/tables.py --quick    # the same in small, -> runs/tables/quick/, in some five
+    python bench/tables.py --quick    # the same in small, -> runs/tables/quick/, in three to five
 
 Nothing is taken from bench/results/, which holds what these were when last committed. One measurement after another;
 those that take long share their work out over `--jobs` processes. What was interrupted goes on where it was (ablation,
