@@ -63,10 +63,18 @@ def exit_code(process: ForkServerProcess, seconds: float = 300) -> int:
     return process.exitcode
 
 
+def pictures_in(folder: Path) -> int:
+    """The folder may come and go meanwhile: that it can be made is tried out first."""
+    try:
+        return len(list(folder.glob("[0-9]*.png")))
+    except FileNotFoundError:
+        return 0
+
+
 def wait_for_pictures(folder: Path, number: int, seconds: float = 300) -> None:
     """Raises AssertionError if there are not so many numbered PNGs in time."""
     end = time.monotonic() + seconds
-    while len(list(folder.glob("[0-9]*.png"))) < number:
+    while pictures_in(folder) < number:
         assert time.monotonic() < end, f"not {number} pictures in {folder} after {seconds} seconds"
         time.sleep(0.002)
 

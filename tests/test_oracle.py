@@ -91,7 +91,7 @@ def test_learning_to_see_which_way_subjects_face_changes_no_other_answer(
     shutil.copy(WEIGHTS, tmp_path / "weights.safetensors")
     monkeypatch.setattr(module, "WEIGHTS", tmp_path / "weights.safetensors")
     restore(WEIGHTS.parent / "checkpoint", tmp_path)
-    plan = Plan(images=8, minutes=None, batch=4, rate=1e-3)
+    plan = Plan(images=16, minutes=None, batch=8, rate=1e-3)
     train_oracle(tmp_path, plan, seed=0, device=torch.device("cpu"), facing_only=True)
     after = load_file(tmp_path / "weights.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
