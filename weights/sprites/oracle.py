@@ -10,8 +10,8 @@
 
 A small convolutional network finds the subject's pixels first and then judges its kind, colours and pattern from the
 features inside them, so that the setting cannot colour the answer; which way it faces, from how these differ between
-its left and right. It is trained on rendered scenes with one subject,
-blurred, noisy, slightly recoloured or passed through the autoencoder: the pictures it is for are generated ones.
+its left and right. It is trained on rendered scenes with one subject, blurred, noisy, slightly recoloured or passed
+through the autoencoder: the pictures it is for are generated ones.
 """
 
 from __future__ import annotations
