@@ -349,7 +349,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-    "--v=0", "--virtual-time-budget=20000", "--dump-dom",
+    "--v=0", "--dump-dom",
 ]
 COLLECT = """<script>
 const errors = [];
@@ -357,9 +357,25 @@ addEventListener("error", event => errors.push(event.message));
 addEventListener("unhandledrejection", event => errors.push(`${event.reason}`));
 addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
 </script>"""
+# The document is dumped once it is loaded, which the open frame puts off until the report is written. (Virtual time
+# runs ahead of the pictures, which are decoded in other threads.)
 USE = """<script>
-setTimeout(() => {
+const pending = document.body.appendChild(document.createElement("iframe"));
+pending.hidden = true;
+pending.contentDocument.open();
+(async () => {
+  const moment = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
   const said = () => [...document.querySelectorAll("output")].map(x => x.textContent);
+  const drawn = async () => {  // every picture asked for is there; some are asked for after others
+    for (let known = -1; known !== loaded.size; await moment(50)) {
+      known = loaded.size;
+      await Promise.all(loaded.values());
+    }
+  };
+
+  const {dataset} = document.documentElement;
+  for (let waited = 0; waited < 1200 && !dataset.ready && !errors.length; waited++) await moment(50);
+  await drawn();
   const before = said();
   for (const control of document.querySelectorAll("input[type=radio], input[type=checkbox]")) control.click();
   for (const bar of document.querySelectorAll("input[type=range]")) {
@@ -373,19 +389,18 @@ setTimeout(() => {
     const box = picker.getBoundingClientRect();
     picker.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 9, clientY: box.top + 9, buttons: 1}));
   }
-  setTimeout(() => {
-    document.body.dataset.report = JSON.stringify({
-      errors, before, after: said(), ready: document.documentElement.dataset.ready,
-      panels: Object.fromEntries([...document.querySelectorAll(".panel")].map(x => [x.parentNode.id, x.textContent])),
-      unlabelled: [...document.querySelectorAll("canvas, img")]
-        .filter(x => !x.closest("[hidden]") && !x.getAttribute("aria-label") && !x.getAttribute("alt")).length,
-      pickers: [...document.querySelectorAll("canvas[tabindex]")].map(x => x.getAttribute("aria-valuetext")),
-      wide: document.documentElement.scrollWidth - innerWidth,
-      black: [...document.querySelectorAll("canvas")].filter(x => !x.closest("[hidden]") &&
-        !x.getContext("2d").getImageData(0, 0, x.width, x.height).data.some((v, i) => i % 4 < 3 && v > 40)).length,
-    });
-  }, 3000);
-}, 3000);
+  await drawn();
+  document.body.dataset.report = JSON.stringify({
+    errors, before, after: said(), ready: dataset.ready,
+    panels: Object.fromEntries([...document.querySelectorAll(".panel")].map(x => [x.parentNode.id, x.textContent])),
+    unlabelled: [...document.querySelectorAll("canvas, img")]
+      .filter(x => !x.closest("[hidden]") && !x.getAttribute("aria-label") && !x.getAttribute("alt")).length,
+    pickers: [...document.querySelectorAll("canvas[tabindex]")].map(x => x.getAttribute("aria-valuetext")),
+    wide: document.documentElement.scrollWidth - innerWidth,
+    black: [...document.querySelectorAll("canvas")].filter(x => !x.closest("[hidden]") &&
+      !x.getContext("2d").getImageData(0, 0, x.width, x.height).data.some((v, i) => i % 4 < 3 && v > 40)).length,
+  });
+})().finally(() => pending.contentDocument.close());
 </script>"""
 
 
