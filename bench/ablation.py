@@ -5,7 +5,8 @@
 
 For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims about
 consistency rest on have 100 sets, those about diversity 30, the others 8. Ten steps, in which injection takes steps 1
-to 3 and features are taken at step 7.
+to 3 and features are taken at step 7. A story without injection is the first pass of the one with it, taken to its end:
+so `vanilla` comes with `no SDSA`, and `no injection` with `full`.
 
 consistency   main, second, pattern: pairs of pictures of a set that agree in what the prompt leaves open; all: in all
               three. likeness: cosine similarity of the oracle's features of the subject, the background painted grey.
@@ -56,7 +57,7 @@ from torch import Tensor
 from consistory import ConsiStory, ConsistoryConfig, Story, ddim
 from consistory.correspondence import nearest_patches, smooth
 from consistory.injection import Injection
-from consistory.story import State, guided_output
+from consistory.story import Observer, Plan, State, denoise, guided_output
 
 STEPS = 10
 pipe: ConsiStory
@@ -65,17 +66,20 @@ oracle: Oracle
 
 @dataclass(frozen=True)
 class Row:
+    """first_pass: the name of the row that this one's first pass leads to."""
+
     config: ConsistoryConfig
     anchors: int = 2
     sets: int = 8
     in_order: bool = True
+    first_pass: str | None = None
 
 
 FULL = ConsistoryConfig()
 ROWS = {
     "vanilla": Row(ConsistoryConfig.vanilla(), sets=100),
-    "full": Row(FULL, sets=100),
-    "no SDSA": Row(replace(FULL, sdsa=False), sets=100),
+    "full": Row(FULL, sets=100, first_pass="no injection"),
+    "no SDSA": Row(replace(FULL, sdsa=False), sets=100, first_pass="vanilla"),
     "no injection": Row(replace(FULL, injection=False), sets=100),
     "no dropout": Row(replace(FULL, dropout=0.0), sets=30),
     "no dropout, no blending": Row(replace(FULL, dropout=0.0, query_blend=None), sets=30),
@@ -116,10 +120,44 @@ def injection_at_once() -> Iterator[None]:
         yield
 
 
-def judge(row: Row, number: int, steps: int) -> Scores:
-    """Every score of one set, see the top of this file."""
+class FirstPass(Observer):
+    """Keeps the end of the first pass."""
+
+    plan: Plan
+    state: State
+    stages: list[str]
+
+    def __init__(self) -> None:
+        self.stages = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def step(self, plan: Plan, before: State, after: State, output: Tensor) -> None:
+        if self.stages[-1] == "first pass":
+            self.plan, self.state = plan, after
+
+    @torch.inference_mode()
+    def without_injection(self, story: Story) -> Story:
+        """The same story, had it gone on without injection."""
+        plan = replace(self.plan, observer=Observer())
+        latents = [self.state, *denoise(plan, self.state, plan.steps)][-1].x
+        return replace(story, images=pipe.decode(latents), latents=latents)
+
+
+def judge(steps: int, name: str, number: int) -> dict[str, Scores]:
+    """One set's scores in a row, and in the row that its first pass leads to."""
+    row, seen = ROWS[name], FirstPass()
     with nullcontext() if row.in_order else injection_at_once():
-        story = tell(pipe, number, steps, row.config, anchors=row.anchors)
+        story = tell(pipe, number, steps, row.config, anchors=row.anchors, observer=seen)
+    stories = {name: story}
+    if row.first_pass is not None:
+        stories[row.first_pass] = seen.without_injection(story)
+    return {name: scores(story, number) for name, story in stories.items()}
+
+
+def scores(story: Story, number: int) -> Scores:
+    """Every score of one set, see the top of this file."""
     reading = oracle.read(story.images)
     return {
         **alignment(reading, number),
@@ -188,13 +226,10 @@ def prepare() -> None:
     pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
 
 
-def judge_named(steps: int, name: str, number: int) -> Scores:
-    return judge(ROWS[name], number, steps)
-
-
 def missing(table: Table, sets: Callable[[Row], int]) -> list[tuple[str, int]]:
-    """Rows and sets still to be done, in an order that keeps rows abreast of each other."""
-    asked = [((number + 1) / sets(row), name, number) for name, row in ROWS.items() for number in range(sets(row))]
+    """Rows and sets still to be told, in an order that keeps rows abreast of each other."""
+    told = ROWS.keys() - {row.first_pass for row in ROWS.values()}
+    asked = [((number + 1) / sets(ROWS[name]), name, number) for name in told for number in range(sets(ROWS[name]))]
     return [(name, number) for _, name, number in sorted(asked) if str(number) not in table.get(name, {})]
 
 
@@ -256,11 +291,14 @@ def plot(table: Table, path: Path) -> None:
             name: [mean_and_error(100 * table[name][n][s] for n in sorted(common)) for s in (score, "all")]
             for name in names
         }
+        heights = [y["mean"] for _, y in points.values()]
         for i, (name, (x, y)) in enumerate(points.items()):
             at = x["mean"], y["mean"]
             axes.errorbar(*at, y["standard error"], x["standard error"], fmt="o", color="#2b6cb0", ecolor="#cccccc")
-            below_or_above = (-11, 4)[i % 2]  # neighbours in the table often are so in the plot
-            axes.annotate(names[name], at, xytext=(5, below_or_above), textcoords="offset points", fontsize=8)
+            # The higher of two neighbours is named above, the lower below.
+            neighbour = min((abs(other - heights[i]), other, j) for j, other in enumerate(heights) if j != i)[1:]
+            offset = 4 if (heights[i], i) > neighbour else -11
+            axes.annotate(names[name], at, xytext=(5, offset), textcoords="offset points", fontsize=8)
         if joined:
             line = [[x["mean"], y["mean"]] for name, (x, y) in points.items() if name != "vanilla"]
             axes.plot(*zip(*line, strict=True), color="#2b6cb0", lw=1)
@@ -297,7 +335,7 @@ def main() -> None:
         write(out / "ablation.json", {"about": about} | summarise(table) | {"scores": table})
 
     todo = missing(table, lambda row: 2 if args.quick else row.sets)
-    judge_missing(table, todo, partial(judge_named, steps), prepare, args.jobs, save)
+    judge_missing(table, todo, partial(judge, steps), prepare, args.jobs, save)
     summary = summarise(table)
     plot(table, out / "ablation.png")
     print(as_text(summary))

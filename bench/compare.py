@@ -164,9 +164,9 @@ def prepare() -> None:
     pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
 
 
-def judge(steps: int, effort: float, name: str, number: int) -> Scores:
+def judge(steps: int, effort: float, name: str, number: int) -> dict[str, Scores]:
     images, before, drawing = METHODS[name](pipe, Task(number, steps, effort))
-    return judging.judge(oracle, images, number) | {"before": before, "drawing": drawing}
+    return {name: judging.judge(oracle, images, number) | {"before": before, "drawing": drawing}}
 
 
 def summarise(table: Table) -> dict[str, Any]:

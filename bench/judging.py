@@ -91,18 +91,19 @@ def as_line(name: str, summary: Summary) -> str:
 
 
 def judge_missing(
-    table: Table, tasks: Sequence[tuple[str, int]], judge: Callable[[str, int], Scores], prepare: Callable[[], None],
-    jobs: int, save: Callable[[Table], None],
+    table: Table, tasks: Sequence[tuple[str, int]], judge: Callable[[str, int], dict[str, Scores]],
+    prepare: Callable[[], None], jobs: int, save: Callable[[Table], None],
 ) -> None:  # fmt: skip
     """Fill a table with the scores of rows and numbered sets, by so many processes of one thread each.
 
+    judge: from a row and a set to that row's scores, and those of rows that come with it.
     prepare: called once in every process.  save: called whenever a set is done.
     """
     with ProcessPoolExecutor(jobs, get_context("spawn"), prepare) as workers:
-        futures = {workers.submit(judge, name, number): (name, number) for name, number in tasks}
+        futures = {workers.submit(judge, name, number): number for name, number in tasks}
         for future in tqdm(as_completed(futures), total=len(futures)):
-            name, number = futures[future]
-            table.setdefault(name, {})[str(number)] = future.result()
+            for name, scores in future.result().items():
+                table.setdefault(name, {})[str(futures[future])] = scores
             save(table)
 
 

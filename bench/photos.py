@@ -91,16 +91,16 @@ def prepare() -> None:
     pipe, oracle = ConsiStory.from_pretrained("sprites"), Oracle.load()
 
 
-def judge(steps: int, name: str, number: int) -> Scores:
+def judge(steps: int, way: str, number: int) -> dict[str, Scores]:
     """Scores of one subject: shares of its new pictures."""
     scenes, _, settings = draw_photos(number)
-    reading = oracle.read(WAYS[name](number, steps).images)
+    reading = oracle.read(WAYS[way](number, steps).images)
     wanted = {
         "setting": torch.tensor([SETTINGS.index(setting) for setting in settings]),
         "kind": scenes.subject[0], "main": scenes.main[0], "second": scenes.second[0], "pattern": scenes.pattern[0],
     }  # fmt: skip
     read = {name: getattr(reading, {"kind": "subject"}.get(name, name)) for name in wanted}
-    return {name: share(read[name] == wanted[name]) for name in wanted}
+    return {way: {name: share(read[name] == wanted[name]) for name in wanted}}
 
 
 @torch.inference_mode()

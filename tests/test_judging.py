@@ -16,6 +16,8 @@ import ablation
 import judging
 import tables
 
+from consistory import ConsiStory
+
 
 def reading(**values: list[int]) -> Reading:
     fields = {name: torch.tensor(values.get(name, [0, 0, 0])) for name in PROPERTIES}
@@ -42,6 +44,27 @@ def test_pictures_that_show_what_is_asked_for() -> None:
 
 def test_means_have_standard_errors_and_leave_out_what_is_unknown() -> None:
     assert judging.mean_and_error([1, 2, math.nan, 3]) == {"mean": 2, "standard error": pytest.approx(1 / math.sqrt(3))}
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("name", ["full", "no SDSA"])
+def test_a_first_pass_leads_to_the_story_without_injection(
+    monkeypatch: pytest.MonkeyPatch, name: str, steps: int
+) -> None:
+    pipe, seen = ConsiStory.from_pretrained("sprites"), ablation.FirstPass()
+    monkeypatch.setattr(ablation, "pipe", pipe, raising=False)
+    row = ablation.ROWS[name]
+    story = judging.tell(pipe, 1, steps, row.config, images=3, observer=seen)
+    assert row.first_pass is not None
+    expected = judging.tell(pipe, 1, steps, ablation.ROWS[row.first_pass].config, images=3)
+    found = seen.without_injection(story)
+    assert torch.equal(found.latents, expected.latents) and (found.images == expected.images).all()
+    assert steps == 1 or not torch.equal(story.latents, expected.latents)
+
+
+def test_a_row_that_comes_with_another_is_not_told_itself() -> None:
+    missing = ablation.missing({"full": {"0": {}}}, lambda row: 1)
+    assert {name for name, _ in missing} == ablation.ROWS.keys() - {"full", "no injection", "vanilla"}
 
 
 def test_a_table_is_taken_up_only_under_the_same_conditions(tmp_path: Path) -> None:
