@@ -5,8 +5,9 @@
 
 For every set: one subject, five settings, one seed per picture, the same in every row. Rows that claims about
 consistency rest on have 100 sets, those about diversity 30, the others 8. Ten steps, in which injection takes steps 1
-to 3 and features are taken at step 7. A story without injection is the first pass of the one with it, taken to its end:
-so `vanilla` comes with `no SDSA`, and `no injection` with `full`.
+to 3 and features are taken at step 7. The schedules that the paper, its released implementation and this library prefer
+differ too little for that: they have 30 steps. A story without injection is the first pass of the one with it, taken to
+its end: so `vanilla` comes with `no SDSA`, and `no injection` with `full`.
 
 consistency   main, second, pattern: pairs of pictures of a set that agree in what the prompt leaves open; all: in all
               three. likeness: cosine similarity of the oracle's features of the subject, the background painted grey.
@@ -18,7 +19,8 @@ diversity     displacement (App. C): how far apart the same part of the subject 
               centre (share of the side) and of the logarithm of its area. facing: pairs of pictures in which it faces
               different ways.
 
-Every claim is a difference of two rows on the same sets; it counts if it exceeds two standard errors.
+Every row is set against `full`, and every claim is a difference of two rows, on the sets that both have; a difference
+counts if it exceeds two standard errors.
 """
 
 from __future__ import annotations
@@ -59,20 +61,21 @@ from consistory.correspondence import nearest_patches, smooth
 from consistory.injection import Injection
 from consistory.story import Observer, Plan, State, denoise, guided_output
 
-STEPS = 10
 pipe: ConsiStory
 oracle: Oracle
 
 
 @dataclass(frozen=True)
 class Row:
-    """first_pass: the name of the row that this one's first pass leads to."""
+    """first_pass: the name of the row that this one's first pass leads to.  against: the row to compare this one to."""
 
     config: ConsistoryConfig
     anchors: int = 2
     sets: int = 8
+    steps: int = 10
     in_order: bool = True
     first_pass: str | None = None
+    against: str = "full"
 
 
 FULL = ConsistoryConfig()
@@ -92,14 +95,18 @@ ROWS = {
     "3 anchors": Row(FULL, anchors=3),
     "5 anchors": Row(FULL, anchors=IMAGES),
     "injection at once": Row(FULL, in_order=False),
-    "reference": Row(ConsistoryConfig.reference()),
-    "paper": Row(ConsistoryConfig.paper()),
+    "30 steps": Row(FULL, steps=30, against="30 steps"),
+    "30 steps, paper": Row(ConsistoryConfig.paper(), steps=30, against="30 steps"),
+    "30 steps, reference": Row(ConsistoryConfig.reference(), steps=30, against="30 steps"),
 }
 CLAIMS = [  # score, the row that should have more of it, the row that should have less
     ("all", "full", "no injection"), ("all", "no injection", "no SDSA"), ("all", "no SDSA", "vanilla"),
+    ("likeness", "full", "no injection"), ("likeness", "no injection", "no SDSA"), ("likeness", "no SDSA", "vanilla"),
     ("displacement", "full", "no dropout"), ("displacement", "no dropout", "no dropout, no blending"),
     ("displacement", "vanilla", "full"), ("facing", "full", "no dropout"), ("facing", "vanilla", "full"),
     ("setting", "vanilla", "full"), ("subject", "vanilla", "full"),
+    ("all", "5 anchors", "1 anchor"), ("displacement", "1 anchor", "5 anchors"),
+    ("all", "no dropout", "dropout 0.7"), ("displacement", "dropout 0.7", "no dropout"),
 ]  # fmt: skip
 DROPOUTS = {"no dropout": 0.0, "dropout 0.15": 0.15, "dropout 0.3": 0.3, "full": 0.5, "dropout 0.7": 0.7}
 ANCHORS = {"1 anchor": 1, "full": 2, "3 anchors": 3, "5 anchors": 5}
@@ -145,9 +152,10 @@ class FirstPass(Observer):
         return replace(story, images=pipe.decode(latents), latents=latents)
 
 
-def judge(steps: int, name: str, number: int) -> dict[str, Scores]:
+def judge(quick: bool, name: str, number: int) -> dict[str, Scores]:
     """One set's scores in a row, and in the row that its first pass leads to."""
     row, seen = ROWS[name], FirstPass()
+    steps = 2 if quick else row.steps
     with nullcontext() if row.in_order else injection_at_once():
         story = tell(pipe, number, steps, row.config, anchors=row.anchors, observer=seen)
     stories = {name: story}
@@ -234,12 +242,16 @@ def missing(table: Table, sets: Callable[[Row], int]) -> list[tuple[str, int]]:
 
 
 def summarise(table: Table) -> dict[str, Any]:
-    """Means with standard errors of every row, and of every claim's difference on the sets both rows have."""
+    """Means with standard errors of every row, and of differences on the sets that two rows have."""
     rows = {
         name: {"sets": len(sets), **judging.summarise(list(sets.values()))}
         for name in ROWS
         if len(sets := table.get(name, {})) > 1
     }
+    for name in rows:
+        if name != (other := ROWS[name].against) and other in rows:
+            rows[name]["against"] = other
+            rows[name]["difference"] = {score: difference(table, score, name, other) for score in SCORES}
     return {"rows": rows, "claims": [claim(table, *each) for each in CLAIMS if rows.keys() >= set(each[1:])]}
 
 
@@ -247,11 +259,15 @@ def column(table: Table, name: str, score: str) -> dict[str, float]:
     return {number: scores[score] for number, scores in table[name].items()}
 
 
+def difference(table: Table, score: str, name: str, other: str) -> dict[str, float]:
+    """Mean difference of two rows in a score, set by set."""
+    x, y = column(table, name, score), column(table, other, score)
+    return mean_and_error(x[number] - y[number] for number in x if number in y)
+
+
 def claim(table: Table, score: str, more: str, less: str) -> dict[str, Any]:
-    """Whether `more` has more of a score than `less`, by paired differences."""
-    upper, lower = column(table, more, score), column(table, less, score)
-    difference = mean_and_error(upper[number] - lower[number] for number in upper.keys() & lower.keys())
-    mean, error = difference.values()
+    """Whether `more` has more of a score than `less`."""
+    mean, error = difference(table, score, more, less).values()
     verdict = "unresolved" if abs(mean) <= 2 * error else "more" if mean > 0 else "less"
     return {"score": score, "row": more, "than": less, "difference": mean, "standard error": error, "verdict": verdict}
 
@@ -265,13 +281,16 @@ SCORES = {  # score: its name in the table, in per cent
 
 def as_text(summary: dict[str, Any]) -> str:
     """A Markdown table, in per cent, then the claims."""
-    lines = ["| | sets | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    compared = ("all", "displacement")
+    titles = [*SCORES.values(), *(f"{SCORES[score]}, difference" for score in compared)]
+    lines = ["| | sets | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
     for name, row in summary["rows"].items():
         cells = [in_per_cent(row[score]) for score in SCORES]
+        cells += [in_per_cent(row["difference"][score]) if "difference" in row else "" for score in compared]
         lines.append(f"| {name} | {row['sets']} | " + " | ".join(cells) + " |")
     for c in summary["claims"]:
-        difference = f"{100 * c['difference']:+.1f} ± {100 * c['standard error']:.1f}"
-        lines.append(f"{c['score']}: {c['row']} against {c['than']}: {difference}, {c['verdict']}")
+        by = f"{100 * c['difference']:+.1f} ± {100 * c['standard error']:.1f}"
+        lines.append(f"{c['score']}: {c['row']} against {c['than']}: {by}, {c['verdict']}")
     return "\n".join(lines)
 
 
@@ -325,8 +344,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two sets a row, two steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    out, steps = (args.out / "quick", 2) if args.quick else (args.out, STEPS)
+    out = args.out / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
+    steps = 2 if args.quick else Row.steps
     about = {"images per set": IMAGES, "steps": steps, "dtype": "float32", "torch": torch.__version__}
     table = read_table(out / "ablation.json", about)
     about |= machine("cpu") | {"threads": "1"}
@@ -335,7 +355,7 @@ def main() -> None:
         write(out / "ablation.json", {"about": about} | summarise(table) | {"scores": table})
 
     todo = missing(table, lambda row: 2 if args.quick else row.sets)
-    judge_missing(table, todo, partial(judge, steps), prepare, args.jobs, save)
+    judge_missing(table, todo, partial(judge, args.quick), prepare, args.jobs, save)
     summary = summarise(table)
     plot(table, out / "ablation.png")
     print(as_text(summary))

@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from judging import write
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     args = parser.parse_args()
+    if find_spec("matplotlib") is None:  # better said now than by the plot after an hour
+        parser.error('the plots need matplotlib: pip install -e ".[bench]"')
     folder = args.out / "quick" if args.quick else args.out
     folder.mkdir(parents=True, exist_ok=True)
     took = {}
