@@ -12,9 +12,12 @@ from __future__ import annotations
 import base64
 import html
 import importlib.metadata
+import inspect
 import json
 import math
+import pkgutil
 import re
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -213,6 +216,7 @@ class Trace(Observer):
             raise ConsistoryError("this trace has watched no story: hand it to the call, observer=trace")
         arrays = Arrays()
         facts = describe_run(plan, story) | {
+            "decoded": decodes(story),
             "passes": [
                 {
                     "steps": [note.step for note in notes],
@@ -357,12 +361,17 @@ def add_matches(arrays: Arrays, plan: Plan, story: Story) -> dict[str, Any] | No
 def draw_predictions(notes: list[Note], story: Story) -> list[list[str]]:
     """Predictions as pictures, data URIs [steps][E]: decoded if that is cheap, else by a linear map of the latents."""
     x0 = torch.stack([note.x0 for note in notes]).float()
-    if max(story.images.shape[1:3]) <= DECODED:
+    if decodes(story):
         pixels = story.subject.pipe.decode(x0.flatten(0, 1).to(story.latents.device))
     else:
         pixels = LatentColours.fit(story.latents.cpu(), story.images)(x0.flatten(0, 1))
     uris = [picture_uri(picture, quality=80) for picture in pixels]
     return [uris[start : start + x0.shape[1]] for start in range(0, len(uris), x0.shape[1])]
+
+
+def decodes(story: Story) -> bool:
+    """Whether predictions are decoded."""
+    return max(story.images.shape[1:3]) <= DECODED
 
 
 @dataclass(frozen=True)
@@ -422,8 +431,9 @@ def to_bytes(x: Tensor, largest: float) -> Tensor:
 
 
 def fill_template(facts: dict[str, Any], arrays: Arrays) -> str:
-    """The template with its three blanks filled in."""
+    """The template with its three blanks, and the code it asks for, filled in."""
     template = resources.files("consistory").joinpath("explain.html").read_text("utf-8")
+    template = re.sub("<!-- code: (.+) -->", lambda found: source_code(found[1]), template)
     record = json.dumps({**facts, "arrays": arrays.layout}, ensure_ascii=False, separators=(",", ":"))
     blanks = {
         "__TITLE__": html.escape(f"{facts['subject']}: a look inside"),
@@ -431,3 +441,14 @@ def fill_template(facts: dict[str, Any], arrays: Arrays) -> str:
         "__ARRAYS__": base64.b64encode(zlib.compress(arrays.data, 9)).decode(),
     }
     return "".join(blanks.get(part, part) for part in re.split("(__[A-Z]+__)", template))
+
+
+def source_code(address: str) -> str:
+    """Of a function or class, "module:name": an element to unfold."""
+    module, name = address.split(":")
+    title = f"{module.replace('.', '/')}.py: {name}".replace("consistory/kernels", "kernels")
+    code = html.escape(textwrap.dedent(inspect.getsource(pkgutil.resolve_name(address))).rstrip())
+    return (
+        f'<details class="code"><summary><code>{title}</code></summary>'
+        f'<pre tabindex="0" role="region" aria-label="Code of {name}">{code}</pre></details>'
+    )

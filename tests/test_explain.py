@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib
+import inspect
 import json
 import re
 import shutil
 import subprocess
+import textwrap
 import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 from consistory.kernels.extended_attention import reference
+from numpy.typing import NDArray
 from parity import randn
+from PIL import Image
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
@@ -78,6 +82,7 @@ class Page(HTMLParser):
         self.ids: dict[str, str] = {}
         self.addresses: list[str] = []
         self.code: list[str] = []
+        self.listings: list[str] = []
         self.scripts: dict[str, str] = {}
         self.feed(page)
         self.close()
@@ -98,6 +103,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "code":
             self.code.append(data)
+        if self.open and self.open[-1] == "pre":
+            self.listings.append(data)
         if self.open and self.open[-1] == "script":
             self.scripts[self.id or ""] = data
 
@@ -245,16 +252,15 @@ def test_the_page_has_every_panel(page: str) -> None:
     assert equations == ["eq. 7", "eqs. 2–3", "eq. 4", "eqs. 8–9", "eqs. 5–6"]
 
 
-def test_the_page_names_functions_that_exist(page: str) -> None:
-    named = [code.split(": ") for code in Page(page).code if ": " in code]
-    assert len(named) >= 8
-    for path, names in named:
+def test_the_page_holds_the_code_that_it_names(page: str) -> None:
+    read = Page(page)
+    assert len(read.code) == len(read.listings) >= 8
+    for (path, name), listing in zip((code.split(": ") for code in read.code), read.listings, strict=True):
         module = path.removesuffix(".py").replace("/", ".").replace("kernels.", "consistory.kernels.")
-        for name in names.split(", "):
-            value: Any = importlib.import_module(module)
-            for part in name.split("."):
-                value = getattr(value, part)
-            assert callable(value)
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert callable(value) and listing == textwrap.dedent(inspect.getsource(value)).rstrip()
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:
@@ -359,7 +365,7 @@ addEventListener("securitypolicyviolation", event => errors.push(event.blockedUR
 </script>"""
 # The document is dumped once it is loaded, which the open frame puts off until the report is written. (Virtual time
 # runs ahead of the pictures, which are decoded in other threads.)
-USE = """<script>
+ACT = """<script>
 const pending = document.body.appendChild(document.createElement("iframe"));
 pending.hidden = true;
 pending.contentDocument.open();
@@ -376,6 +382,10 @@ pending.contentDocument.open();
   const {dataset} = document.documentElement;
   for (let waited = 0; waited < 1200 && !dataset.ready && !errors.length; waited++) await moment(50);
   await drawn();
+  __WHAT__
+})().finally(() => pending.contentDocument.close());
+</script>"""
+USE = """
   const before = said();
   for (const control of document.querySelectorAll("input[type=radio], input[type=checkbox]")) control.click();
   for (const bar of document.querySelectorAll("input[type=range]")) {
@@ -400,20 +410,30 @@ pending.contentDocument.open();
     black: [...document.querySelectorAll("canvas")].filter(x => !x.closest("[hidden]") &&
       !x.getContext("2d").getImageData(0, 0, x.width, x.height).data.some((v, i) => i % 4 < 3 && v > 40)).length,
   });
-})().finally(() => pending.contentDocument.close());
-</script>"""
+"""
+LOOK = """
+  const boxes = selector => [...document.querySelectorAll(selector)].filter(x => !x.closest("[hidden]")).map(x => {
+    const {left, top, width, height} = x.getBoundingClientRect();
+    return [left, top, left + width, top + height];
+  });
+  document.body.dataset.report = JSON.stringify({
+    errors, pictures: boxes("#pictures img"), canvases: boxes("canvas"), height: document.body.scrollHeight,
+  });
+"""
 
 
-def browse(page: str, folder: Path, width: int = 1200) -> dict[str, Any]:
-    """Open a page, use all of its controls, and report."""
+def browse(page: str, folder: Path, act: str = USE, width: int = 1200, height: int = 900) -> dict[str, Any]:
+    """Open a page, do something in it that leaves a report, and leave a screenshot, `page.png`."""
     if BROWSER is None:
         pytest.skip("no chromium is installed: the page is not rendered")
     file = folder / "page.html"
-    file.write_text(page.replace("<head>", f"<head>{COLLECT}").replace("</body>", f"{USE}</body>"), "utf-8")
+    act = ACT.replace("__WHAT__", act)
+    file.write_text(page.replace("<head>", f"<head>{COLLECT}").replace("</body>", f"{act}</body>"), "utf-8")
     done = subprocess.run(
-        [BROWSER, *FLAGS, f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", file.as_uri()],
+        [BROWSER, *FLAGS, f"--window-size={width},{height}", f"--user-data-dir={folder / 'profile'}",
+         f"--screenshot={folder / 'page.png'}", file.as_uri()],
         capture_output=True, text=True, timeout=300,
-    )
+    )  # fmt: skip
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     (report,) = re.findall(r'data-report="([^"]*)"', done.stdout)
     return json.loads(report.replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
@@ -430,6 +450,27 @@ def test_the_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     assert report["pickers"] == ["row 1, column 4", "row 1, column 8"]
     for panel, text in report["panels"].items():
         assert "undefined" not in text and "NaN" not in text, panel
+
+
+def coarse(picture: Image.Image) -> NDArray[np.float64]:
+    return np.asarray(picture.resize((8, 12), Image.Resampling.BOX), float)
+
+
+def test_a_screenshot_shows_the_pictures(page: str, watched: tuple[Listener, Story], tmp_path: Path) -> None:
+    """Seen, not only there: each picture where it should be, and something in every drawing."""
+    report = browse(page, tmp_path, LOOK, height=9000)
+    seen = Image.open(tmp_path / "page.png").convert("RGB")
+    assert report["errors"] == [] and report["height"] <= seen.height
+    assert seen.getpixel((2, 2)) == (0xF7, 0xF6, 0xF3), "the page's own background"
+    pictures = [coarse(Image.fromarray(picture)) for picture in watched[1].images]
+    shown = [coarse(seen.crop(tuple(map(round, box)))) for box in report["pictures"]]
+    assert len(shown) == len(pictures)
+    apart = [[np.abs(x - y).mean() for x in pictures] for y in shown]
+    for i, differences in enumerate(apart):
+        assert differences[i] < 4 and all(other > 8 for j, other in enumerate(differences) if j != i), apart
+    assert len(report["canvases"]) >= 15
+    for box in report["canvases"]:
+        assert np.asarray(seen.crop(tuple(map(round, box)))).std() > 5, "a drawing is empty"
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
