@@ -129,6 +129,26 @@ def match(dtype: torch.dtype) -> Specimen:
     )
 
 
+def match_norm(dtype: torch.dtype) -> Specimen:
+    return Specimen(
+        name=f"match, norms {TYPES[dtype]}",
+        kernel=correspondence.norm_kernel,
+        types={"x_ptr": f"*{TYPES[dtype]}", "norm_ptr": "*fp32", "rows": "i32", "channels": "i32"},
+        constants={"ROWS": correspondence.PACK_ROWS, "COLUMNS": 64},
+    )
+
+
+def match_pack(dtype: torch.dtype, patches: int) -> Specimen:
+    pointer = f"*{TYPES[dtype]}"
+    return Specimen(
+        name=f"match, pack {TYPES[dtype]} P={patches}",
+        kernel=correspondence.pack_kernel,
+        types={"source_ptr": pointer, "mask_ptr": "*u8", "packed_ptr": pointer, "index_ptr": "*i32"}
+        | {"norm_ptr": "*fp32", "length_ptr": "*i32", "patches": "i32", "channels": "i32"},
+        constants={"ROWS": correspondence.PACK_ROWS, "COLUMNS": 64, "MASK_SIZE": patches},
+    )
+
+
 def cross(head_size: int, dtype: torch.dtype) -> Specimen:
     strides = STRIDES[1:]
     tensors = {f"{x}_ptr": f"*{TYPES[dtype]}" for x in "qkv"} | {"out_ptr": f"*{TYPES[dtype]}"}
@@ -169,18 +189,22 @@ def inject(dtype: torch.dtype) -> Specimen:
 
 
 def specimens() -> list[Specimen]:
-    """Everything SDXL launches, and the head sizes at the ends."""
+    """Everything SDXL launches in 16 bit, other head sizes, and what float32 takes."""
     half = torch.float16
     return [
         attention(64, half, 4096),
         attention(64, half, 4096, blend=True),
         attention(64, half, 4096, regions=True),
+        attention(64, torch.bfloat16, 4096),
         attention(40, half, 4096),
         attention(128, half, 4096),
         attention(64, torch.float32, 4096),
         pack(64, half, 4096),
         pack(64, half, 4096, regions=True),
         match(half),
+        match(torch.bfloat16),
+        match_norm(half),
+        match_pack(half, 4096),
         cross(64, half),
         inject(half),
     ]

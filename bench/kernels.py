@@ -5,10 +5,11 @@
     python bench/kernels.py --quick               # the smallest shape of each, few rounds: does everything run?
     python bench/kernels.py --tiles               # on a GPU: which block sizes are best for attention
 
-A table on screen; JSON and a plot in bench/results/. Every contender is compared with float32 before it is timed: one
-that is off by more than its precision allows gets no time. "floor" is what the user knows: plain self-attention, bare
-matrix products, attention without maps, a copy. Times are medians of rounds in which all contenders take turns. TFLOP/s
-count the kept keys only: whoever multiplies more does not score more.
+A table on screen; JSON and a plot in bench/results/, or in the folder of `--out`. Every contender is compared with
+float32 before it is timed: one that is off by more than its precision allows gets no time. "floor" is what the user
+knows: plain self-attention, bare matrix products, attention without maps, a copy. "x ours" is in units of the faster of
+`fused` and `packed`. Times are medians of rounds in which all contenders take turns. TFLOP/s count the kept keys only:
+whoever multiplies more does not score more.
 """
 
 from __future__ import annotations
@@ -258,11 +259,12 @@ def show(rows: list[Row]) -> None:
         f"subject {s.subject:.0%}, dropout {s.dropout:.0%}"
     )
     floor = next((row.seconds for row in rows if row.contender == "floor"), None)
+    ours = min((row.seconds for row in rows if row.contender in OURS and row.seconds), default=None)
     for row in rows:
         if row.seconds is None:
             print(f"  {row.contender:18} {row.note}")
             continue
-        ratio = f"{row.seconds / floor:6.2f} x floor" if floor else ""
+        ratio = "".join(f"{row.seconds / unit:6.2f} x {of}" for unit, of in ((floor, "floor"), (ours, "ours")) if unit)
         tflops = f"{row.tflops:8.2f} TFLOP/s" if row.tflops else " " * 16
         error = f"error {row.error:.1e}" if row.error is not None else " " * 13
         memory = f"{row.peak_bytes / 2**20:8.0f} MiB" if row.peak_bytes is not None else ""
@@ -320,6 +322,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="times every contender runs: 20 on a GPU, 5 on a CPU")
     parser.add_argument("--quick", action="store_true", help="the smallest shape only; writes no results")
     parser.add_argument("--tiles", action="store_true", help="compare block sizes of the attention kernel, and stop")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     arguments = parser.parse_args()
     device = arguments.device
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
@@ -327,7 +330,7 @@ def main() -> None:
 
     facts = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    results = RESULTS / f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}.json"
+    results = arguments.out / f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}.json"
     rows: list[Row] = []
 
     def report(new: list[Row]) -> None:
@@ -335,7 +338,7 @@ def main() -> None:
         show(new)
         rows.extend(new)
         if not arguments.quick:
-            results.parent.mkdir(exist_ok=True)
+            results.parent.mkdir(parents=True, exist_ok=True)
             results.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
 
     if arguments.tiles:
