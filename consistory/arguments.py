@@ -11,7 +11,9 @@ from torch import Tensor
 
 from consistory.weights.errors import ConsistoryError
 
-from .config import ScheduleConfig
+from .config import ConsistoryConfig, ScheduleConfig
+
+MOST_SEPARATE = 31  # subjects: the bits of an int32 but its sign
 
 
 def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> list[str]:
@@ -22,6 +24,12 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
     if not settings:
         raise ConsistoryError('no setting is given: name one for each picture, such as "on the beach"')
     return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
+
+
+def check_either(settings: Sequence[str], style: str, prompts: Sequence[str] | None) -> None:
+    """Raises ConsistoryError for whole prompts beside parts that prompts are composed of."""
+    if prompts is not None and (settings or style):
+        raise ConsistoryError("prompts are given beside settings or a style, which would go unused: give either")
 
 
 def check_list(name: str, value: Sequence[object]) -> None:
@@ -152,6 +160,22 @@ def find_concept(subject: str) -> str:
     if not noun:
         raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
     return noun
+
+
+def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
+    """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
+    check_list("concepts", concepts or [])
+    needed = config.masking and config.uses_anchors
+    if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
+        raise ConsistoryError(
+            f"{len(concepts or [])} concepts are given: to keep subjects separate, name each of them, "
+            f"2 to {MOST_SEPARATE}, as a concept of its own"
+        )
+    if concepts or not needed:
+        return list(concepts or [])
+    if not subject:
+        raise ConsistoryError("no concept is given: name the word that stands for the subject in every prompt")
+    return [find_concept(subject)]
 
 
 def usable_device(device: str | torch.device) -> torch.device:

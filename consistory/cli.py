@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from consistory.weights.errors import ConsistoryError
 
 from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
-from .images import GRID, Album, Pixels, Record, check_can_save, every_picture, read_picture
+from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, every_picture, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
     from .controlnet import Control, ControlNet
@@ -157,7 +157,7 @@ def silence() -> Iterator[None]:
 def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
     """Draw what the folder lacks of a story, together with the other ranks, if there are any; returns where it is."""
     from .distributed import Ranks, draw_on_ranks, torchrun_ranks
-    from .explain import PAGE, Trace
+    from .explain import Trace
 
     album = Album(args.out)
     subject_file = getattr(args, "save_subject", None)
@@ -179,6 +179,8 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
             check_can_save(args.out)
             if subject_file is not None:
                 check_can_save(subject_file.absolute().parent)
+                if subject_file.is_dir():
+                    raise ConsistoryError(f"{subject_file} is a folder: name a file for the subject to be kept in")
         return make(args, ranks, **callbacks)
 
     with nullcontext(Ranks()) if torchrun_rank() is None else torchrun_ranks() as ranks:
@@ -253,12 +255,14 @@ def evaluate(args: argparse.Namespace) -> str:
 
     check_can_save(args.out)
     sets = read_sets(args.sets)
+    options = ("variant", "vae", "lora", "ip_adapter", "ip_adapter_weight", "spacing", "dtype")
     with told_if_out_of_memory():
         clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
         with progress_bar(args.quiet) as on_step:
             return evaluate(
                 sets, args.out, lambda: load(args, Ranks()), clip=clip, model=args.single_file or args.model,
-                seed=args.seed, steps=args.steps, guidance=args.guidance, anchors=args.anchors, width=args.width,
+                options={name: getattr(args, name) for name in options}, seed=args.seed, steps=args.steps,
+                guidance=args.guidance, clip_skip=args.clip_skip, anchors=args.anchors, width=args.width,
                 height=args.height, config=method(args), on_step=on_step,
             )  # fmt: skip
 
@@ -305,6 +309,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
 
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if args.ip_adapter is None and args.ip_adapter_weight != 1:
+        raise ConsistoryError("--ip-adapter-weight needs --ip-adapter: name the adapter and its picture, too")
     device = device_of(args)
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local}"
@@ -462,7 +468,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model(parser)
     add_control(parser, "PICTURE [PICTURE ...]: one for each of the story's pictures, or one for all of them")
-    add_sampling(parser)
+    add_sampling(parser).add_argument(
+        "--chunk", type=int, metavar="N",
+        help="draw at most so many pictures at a time beside the anchors, to save memory; the same pictures, but every "
+        "chunk draws the anchors again (default: all at once)",
+    )
     add_anchors(add_method(parser))
     args = parser.parse_args(argv)
     check_control(parser, args)
@@ -471,7 +481,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--seed", type=int, nargs="+", default=[0],
@@ -488,11 +498,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
-    sampling.add_argument(
-        "--chunk", type=int, metavar="N",
-        help="draw at most so many pictures at a time beside the anchors, to save memory; the same pictures, but every "
-        "chunk draws the anchors again (default: all at once)",
-    )
+    return sampling
 
 
 
@@ -546,7 +552,7 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
         "--chunk", type=int, metavar="N",
         help="draw at most so many new pictures at a time, to save memory (default: all)",
     )
-    add_output(parser)
+    add_output(parser, "more")
     add_model(parser)
     add_control(
         parser, "[PICTURE ...]: one for each new picture, or one for all of them. The subject's first pictures keep "
@@ -638,7 +644,7 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_output(parser: argparse.ArgumentParser, folder: str = "story") -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path("story"), help="default: story")
+    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path(folder), help=f"default: {folder}")
     output.add_argument("--quiet", action="store_true", help="no progress bar and no last lines")
     return output
 
@@ -726,6 +732,8 @@ def add_control(parser: argparse.ArgumentParser, pictures: str) -> None:
 def check_control(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("weight", "start", "end"):
         values = len(getattr(args, f"control_{name}"))
+        if not args.control and getattr(args, f"control_{name}") != parser.get_default(f"control_{name}"):
+            parser.error(f"argument --control-{name}: there is no --control that it could apply to")
         if values not in (1, len(args.control)):
             given = f"{values} numbers are given for {len(args.control)} --control"
             parser.error(f"argument --control-{name}: {given}: give one, or one for each")

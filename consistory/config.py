@@ -310,6 +310,11 @@ class ConsistoryConfig:
         if self.mask_history is not None and self.mask_history < 1:
             raise ConsistoryError(f"mask_history is {self.mask_history}: use 1 or more steps, or None for all so far")
 
+    @property
+    def uses_anchors(self) -> bool:
+        """Whether anything flows from the anchors to other pictures."""
+        return self.sdsa or self.injection
+
     @classmethod
     def from_dict(cls, d: Json) -> ConsistoryConfig:
         """From what `dataclasses.asdict` made of one, also by way of JSON."""

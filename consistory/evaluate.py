@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from consistory.weights.errors import ConsistoryError
 from consistory.weights.loading import read_json
 
-from .arguments import check_prompts, compose_prompts, expand_seeds, find_concept
+from .arguments import check_anchors, check_prompts, choose_concepts, compose_prompts, expand_seeds, find_concept
 from .config import ConsistoryConfig
 from .images import RECORD, Pixels, check_can_save, encode_png, read_png, write_atomically
 from .masks import average_maps, subject_masks
@@ -76,9 +77,11 @@ def read_sets(path: str | Path) -> list[PromptSet]:
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConsistoryError(f"cannot read {path} ({error.strerror}): give a file of prompt sets") from None
+    except UnicodeDecodeError:
+        raise ConsistoryError(f"{path} is not a text in UTF-8: give a file of prompt sets") from None
     entries = _parse(path, text)
     if not isinstance(entries, list) or not entries:
         raise ConsistoryError(f"{path} holds no list of prompt sets: see consistory evaluate --help")
@@ -119,12 +122,19 @@ def _read_set(path: Path, number: int, entry: Any) -> PromptSet:
     lists = all(isinstance(x, list) and all(isinstance(text, str) for text in x) for x in (settings, concepts))
     if not (texts and lists):
         raise ConsistoryError(f"{where} is malformed: subject and style are texts, settings a list of texts")
-    try:
+    with errors_name(where):
         made = PromptSet(number, subject, settings, style, concepts or [find_concept(subject)])
         check_prompts(made.prompts)
+    return made
+
+
+@contextmanager
+def errors_name(where: str) -> Iterator[None]:
+    """Errors say where they are."""
+    try:
+        yield
     except ConsistoryError as error:
         raise ConsistoryError(f"{where}: {error}") from None
-    return made
 
 
 def evaluate(
@@ -133,6 +143,7 @@ def evaluate(
     load: Callable[[], ConsiStory],
     *,
     model: str,
+    options: Mapping[str, Any] | None = None,
     clip: CLIP | None = None,
     seed: int = 0,
     config: ConsistoryConfig | None = None,
@@ -141,22 +152,26 @@ def evaluate(
 ) -> str:
     """Draw the sets that are not there yet, score all of them, write `evaluation.json`; returns a table to read.
 
-    load: gives the model; called only if there is something to draw.  model: its name, for the record.
-    sampling: steps, guidance and what else is the same for every set; as `ConsiStory.__call__` takes them.
-    Raises ConsistoryError, before any drawing, if a prompt lacks its concept, or the folder holds pictures of other
-    prompts or other settings.
+    load: gives the model; called only if there is something to draw.  model, options: its name and how it is loaded
+    (dtype, loras, ...), for the record.
+    sampling: steps, guidance and what else is the same for every set; as `ConsiStory.__call__` takes them, without
+    `chunk`.
+    Raises ConsistoryError, before any drawing, if a prompt lacks its concept, a set does not fit the settings, or the
+    folder holds pictures of other prompts or other settings.
     """
     out, config = Path(out), config or ConsistoryConfig()
     check_can_save(out)
-    run = json.loads(json.dumps({"model": model, "seed": seed, **sampling, "config": asdict(config)}))
+    run = {"model": model, **(options or {}), "seed": seed, **sampling, "config": asdict(config)}
+    run = json.loads(json.dumps(run))
     if (out / RESULTS).exists():
-        check_same_run(out, read_json(out / RESULTS).get("run"), run)
+        check_same_run(out, read_own(out / RESULTS).get("run"), run)
     missing = [one for one in sets if not is_drawn(one, out / one.folder, one.seeds(seed))]
     if missing:
         pipe = load()
         for one in missing:
-            for concept in one.concepts:
-                pipe.tokenizers[0].concept_positions(one.prompts, concept)
+            with errors_name(f"set {one.number + 1}"):
+                pipe.token_weights(one.prompts, choose_concepts(one.concepts, one.subject, config))
+                check_anchors(sampling.get("anchors"), len(one.prompts))
         write_results(out, run, None, [])
     for number, one in enumerate(missing):
 
@@ -173,10 +188,19 @@ def is_drawn(one: PromptSet, folder: Path, seeds: list[int]) -> bool:
     """Whether the set's pictures are there. Raises ConsistoryError if others are."""
     if not (folder / RECORD).exists():
         return False
-    record = read_json(folder / RECORD)
+    record = read_own(folder / RECORD)
     if (record.get("prompts"), record.get("seeds"), record.get("concepts")) != (one.prompts, seeds, one.concepts):
         raise ConsistoryError(f"{folder} holds pictures of another set: choose another folder with --out")
-    return True
+    masks = [mask_name(number + 1) for number in range(len(seeds))]
+    return all((folder / name).exists() for name in [*record["files"], *masks])
+
+
+def read_own(path: Path) -> Json:
+    """Raises ConsistoryError if what was written here is not whole any more."""
+    try:
+        return read_json(path)
+    except ConsistoryError:
+        raise ConsistoryError(f"{path} is damaged: delete it") from None
 
 
 def check_same_run(out: Path, there: Any, run: Json) -> None:
@@ -241,7 +265,7 @@ def score(clip: CLIP | None, folder: Path) -> dict[str, float | None]:
     """
     if clip is None:
         return {}
-    record = read_json(folder / RECORD)
+    record = read_own(folder / RECORD)
     images = [read_png(folder / name) for name in record["files"]]
     masks = [read_png(folder / mask_name(number)) for number in range(1, len(images) + 1)]
     aligned = (clip.embed_images(images) * clip.embed_texts(record["prompts"])).sum(-1)

@@ -48,7 +48,6 @@ from .story import Masks, Observer, Plan, State, blend_weight, current_regions
 if TYPE_CHECKING:
     from .model import Story
 
-PAGE = "story.html"
 PICTURES = 8  # shown of a story, and all anchors
 STEPS = 50  # shown of a pass: every step of a usual one
 READING_BYTES = 4_000_000  # of all attention matrices together, before they are deflated
@@ -210,10 +209,12 @@ class Trace(Observer):
 
     @torch.inference_mode()
     def page(self, story: Story) -> str:
-        """The whole page. Raises ConsistoryError if no story was watched, or Pillow is missing."""
+        """The whole page. Raises ConsistoryError if no story was watched, or only part of one, or Pillow is missing."""
         plan = self.notes.plan
         if plan is None:
             raise ConsistoryError("this trace has watched no story: hand it to the call, observer=trace")
+        if len(plan.token_weights) != len(story.images):
+            raise ConsistoryError("this trace has watched part of the story only: draw it without chunk and choose")
         arrays = Arrays()
         facts = describe_run(plan, story) | {
             "decoded": decodes(story),

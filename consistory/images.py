@@ -31,6 +31,7 @@ OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 
 GRID = "grid.png"
 RECORD = "story.json"
+PAGE = "story.html"
 GRID_PICTURE = 256  # pixels: a smaller picture is enlarged, so that a grid can be looked at
 LONGEST_ROW = 5  # pictures
 
@@ -55,9 +56,10 @@ def save_story(story: Pictures, folder: Path) -> None:
 
     Each PNG has a text chunk "consistory", the run's parameters as JSON; a numbered one also has "prompt" and "seed".
     No file is ever seen half written, and story.json, which names the others, comes last.
-    Raises ConsistoryError if Pillow is missing or the folder cannot be written.
+    Raises ConsistoryError if Pillow is missing, the folder cannot be written or a picture of somebody else's is there.
     """
     album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
+    album.check_free()
     for index, image in enumerate(story.images):
         album.add(index, image)
     album.finish()
@@ -80,6 +82,7 @@ class Album:
     Whenever the run ends, all PNGs are whole, and story.json is there only if it names pictures that are there, whole,
     and made as it says: the first new picture takes an earlier record away, and `finish` writes the new one last.
     Pictures of another story are overwritten one by one; those past the end of this one go when it is finished.
+    Pictures that are nobody's story are left alone: if one is in the way, the story is not drawn.
 
     record: see `describe`; by default what `begin` is given.
     """
@@ -88,9 +91,22 @@ class Album:
     record: Record = field(default_factory=dict)
 
     def begin(self, record: Record) -> list[int]:
-        """The indices of the pictures that the folder lacks. `record` describes the story."""
+        """The indices of the pictures that the folder lacks. `record` describes the story.
+
+        Raises ConsistoryError if a picture of another kind is in the way.
+        """
         self.record = record
+        self.check_free()
         return [index for index in every_picture(record) if not self._holds(index)]
+
+    def check_free(self) -> None:
+        """Raises ConsistoryError if a whole picture that is not of a story has the name of one to be drawn."""
+        for name in self._names:
+            text = read_text(self.folder / name)
+            if text is not None and "consistory" not in text:
+                raise ConsistoryError(
+                    f"{self.folder / name} is not a story's, and would be overwritten: choose another folder"
+                )
 
     def add(self, index: int, image: Pixels) -> None:
         """Write one picture, uint8 [H, W, 3]. Raises ConsistoryError if the folder cannot be written."""
@@ -98,7 +114,7 @@ class Album:
         data = encode_png(image, text)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (RECORD, GRID):
+            for name in (RECORD, GRID, PAGE):
                 (self.folder / name).unlink(missing_ok=True)
             write_atomically(self.folder / self._names[index], data)
         except OSError as error:
@@ -155,12 +171,21 @@ def read_record(path: Path) -> Record | None:
 
     None if there is no such file, or it is not whole or not ours.
     """
+    text = read_text(path) or {}
+    try:
+        made = {key: text[key] for key in ("prompt", "seed", "width", "height")}
+        return {**json.loads(text["consistory"]), **made}
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def read_text(path: Path) -> dict[str, Any] | None:
+    """The text chunks of a picture, and its width and height; None if there is no such picture, or it is not whole."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:
             image.load()
-            made = {key: image.text[key] for key in ("prompt", "seed")}
-            return {**json.loads(image.text["consistory"]), **made, "width": image.width, "height": image.height}
+            return {**getattr(image, "text", {}), "width": image.width, "height": image.height}
     except Exception:  # Pillow tells of damage by many exceptions
         return None
 

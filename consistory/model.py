@@ -23,6 +23,7 @@ from .arguments import (
     check_anchors,
     check_chunk,
     check_clip_skip,
+    check_either,
     check_finite,
     check_latents,
     check_list,
@@ -30,9 +31,9 @@ from .arguments import (
     check_prompts,
     check_sampling,
     check_tile,
+    choose_concepts,
     compose_prompts,
     expand_seeds,
-    find_concept,
     initial_noise,
     usable_device,
 )
@@ -52,7 +53,6 @@ from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
 
-MOST_SEPARATE = 31  # the bits of an int32 but its sign
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles: here SDXL's decoder takes 2.5 GiB, in tiles 0.9
 TILE = 32  # rows
@@ -294,7 +294,7 @@ class ConsiStory:
         controls: ControlNets with the pictures that they steer by.
         chunk: draw at most so many pictures at a time beside the anchors, to save memory; the result does not depend
             on it but for rounding. Every chunk runs the anchors again, unless they are recorded: with 2 anchors, a
-            story of 8 pictures takes the work of 18 for chunk=1, of 12 for chunk=3. By default all are drawn at once.
+            story of 8 pictures takes the work of 18 for chunk=1, of 10 for chunk=3. By default all are drawn at once.
         config: the method's settings; by default `ConsistoryConfig()`, or `ConsistoryConfig.control()` with controls.
         record: a file for all that later pictures need of the anchors, so that these need not be drawn again; see
             `Subject`.
@@ -308,6 +308,7 @@ class ConsiStory:
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
         config = config or (ConsistoryConfig.control() if controls else ConsistoryConfig())
+        check_either(settings, style, prompts)
         prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
         check_prompts(prompts)
         prompts, images = list(prompts), len(prompts)
@@ -318,7 +319,7 @@ class ConsiStory:
         clip_skip = clip_skip or 0
         check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
         seeds = expand_seeds(seed, images)
-        concepts = self._concepts(concepts, subject, config)
+        concepts = choose_concepts(concepts, subject, config)
         shape = self.latent_shape(height, width)
         noise = initial_noise(seeds, shape) if latents is None else latents
         check_latents(noise, (images, *shape))
@@ -361,7 +362,7 @@ class ConsiStory:
             plan = replace(
                 plan, recorded=subject.recorded, recorder=recorder, controls=steering, observer=observer
             )
-            if recipe.photos is not None and subject.photos is not None:
+            if recipe.photos is not None and subject.photos is not None and recipe.config.uses_anchors:
                 alone = self.plan(recipe, recipe.prompts, cond.of(range(anchors)))
                 trail = find_trail(alone, subject.photos.to(x), recipe.seeds, recipe.photos)
                 plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[anchors:]])
@@ -438,8 +439,9 @@ class ConsiStory:
         height, width = self._check_size(height, width)
         for value in (guidance, photo_guidance):
             check_sampling(steps, self.schedule, value)
+        check_negative(negative_prompt, guidance)
         seeds = expand_seeds(seed, len(images))
-        concepts = self._concepts([concept] if isinstance(concept, str) else concept, subject, config)
+        concepts = choose_concepts([concept] if isinstance(concept, str) else concept, subject, config)
         self.token_weights(list(prompts), concepts)  # every prompt has to contain them
         recipe = Recipe(
             prompts=list(prompts), seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
@@ -534,27 +536,14 @@ class ConsiStory:
         columns = [self.tokenizers[0].concept_positions(prompts, concept) for concept in concepts]
         return torch.stack(columns, dim=-1).to(self.device)
 
-    def _concepts(self, concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
-        """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
-        check_list("concepts", concepts or [])
-        needed = config.masking and (config.sdsa or config.injection)
-        if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
-            raise ConsistoryError(
-                f"{len(concepts or [])} concepts are given: to keep subjects separate, name each of them, "
-                f"2 to {MOST_SEPARATE}, as a concept of its own"
-            )
-        if concepts or not needed:
-            return list(concepts or [])
-        if not subject:
-            raise ConsistoryError("no concept is given: name the word that stands for the subject in every prompt")
-        return [find_concept(subject)]
-
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.unet.config.sample_size * self.vae.config.stride
         multiple = self.vae.config.stride * 2 ** (len(self.unet.config.widths) - 1)
         height, width = (native if side is None else side for side in (height, width))
         if min(height, width) < multiple or height % multiple or width % multiple:
-            raise ConsistoryError(f"size {width}x{height} does not fit the model: use multiples of {multiple} pixels")
+            raise ConsistoryError(
+                f"size {width}x{height} does not fit the model: use positive multiples of {multiple} pixels"
+            )
         return height, width
 
 

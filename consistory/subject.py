@@ -25,6 +25,7 @@ from consistory.weights.errors import ConsistoryError
 from .arguments import (
     check_choice,
     check_chunk,
+    check_either,
     check_latents,
     check_prompts,
     compose_prompts,
@@ -41,7 +42,7 @@ from .tensorfile import TensorFile, is_intact
 if TYPE_CHECKING:
     from .model import ConsiStory, Story
 
-FORMAT = "consistory subject 2"
+FORMAT = "consistory subject 3"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Subject:
     masks: {stride: bool [A, P]} where the subject is in the anchors; photos have none before pictures are drawn.
     latents: [A, 4, h, w] their noise, if it was given outright and not by their seeds.
     recorded: what other pictures need of the anchors, if it was recorded; without it the anchors are run again.
-    controls: what steered the anchors.
+    controls: what steered the anchors.  steered: whether anything did that is not at hand: with a recording that was
+        loaded, ControlNets are not needed, unless it is to be saved again.
     photos: [A, 4, h, w] their latents, if the anchors are photos.
     """
 
@@ -87,6 +89,7 @@ class Subject:
     recorded: Recorded | None = None
     controls: Sequence[Control] = ()
     photos: Tensor | None = None
+    steered: bool = False
 
     def extend(
         self, settings: Sequence[str] = (), *, prompts: Sequence[str] | None = None,
@@ -107,6 +110,7 @@ class Subject:
         Raises ConsistoryError, before any work, if the arguments do not fit.
         """
         recipe = self.recipe
+        check_either(settings, "", prompts)
         prompts = list(prompts) if prompts is not None else compose_prompts(recipe.subject, settings, recipe.style)
         check_prompts(prompts)
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
@@ -139,6 +143,8 @@ class Subject:
         record: a file for what others need of the anchors.
         """
         pipe, config, anchors = self.pipe, self.recipe.config, len(self.recipe.prompts)
+        if record is not None:
+            self._check_recordable()
         # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
         pipe.token_weights(prompts, self.recipe.concepts)
         pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
@@ -149,7 +155,7 @@ class Subject:
 
         def draw_batch(subject: Subject, number: int, recorder: Recorder | None) -> Story:
             batch = batches[number]
-            along = range(anchors) if subject.recorded is None and (config.sdsa or config.injection) else ()
+            along = range(anchors) if subject.recorded is None and config.uses_anchors else ()
             run = sorted({*batch, *along})
             return pipe.draw(
                 subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
@@ -224,17 +230,25 @@ class Subject:
     def recording(self, path: str | Path) -> Iterator[Recorder]:
         """For a story to write to while the anchors are drawn. The file is there once it is whole.
 
-        Raises ConsistoryError if it cannot be written, or does not suit the subject: separate subjects, photos.
+        Raises ConsistoryError if it cannot be written.
         """
+        with self._file(path, "recording", most_tensors(self.pipe.unet, self.recipe.steps)) as file:
+            yield Recorder(file)
+
+    def _check_recordable(self) -> None:
+        """Raises ConsistoryError for what a recording cannot hold: separate subjects, photos."""
         if self.recipe.config.separate_subjects:
             raise ConsistoryError("a recording does not keep subjects separate: keep the subject as a recipe instead")
         if self.photos is not None:
             raise ConsistoryError("photos are not recorded: keep the subject as a recipe instead")
-        with self._file(path, "recording", most_tensors(self.pipe.unet, self.recipe.steps)) as file:
-            yield Recorder(file)
 
     @contextmanager
     def _file(self, path: str | Path, grade: str, tensors: int) -> Iterator[TensorFile]:
+        if self.steered:
+            raise ConsistoryError(
+                "this subject was read from a recording, without the ControlNets that steered its anchors, and would "
+                "be saved without them: keep the recording"
+            )
         controls = [
             {"net": c.net.name, "fingerprint": fingerprint(c.net), "weight": c.weight, "start": c.start, "end": c.end,
              "only": None if c.only is None else list(c.only)}
@@ -242,7 +256,7 @@ class Subject:
         ]  # fmt: skip
         metadata = {
             "format": FORMAT, "grade": grade, "recipe": json.dumps(asdict(self.recipe)), "model": identity(self.pipe),
-            "controls": json.dumps(controls),
+            "schedule": str(self.pipe.schedule), "controls": json.dumps(controls),
         }
         with TensorFile(path, metadata, tensors + 2 + len(controls)) as file:
             if self.latents is not None:
@@ -258,7 +272,8 @@ class Subject:
         """Read what `save` or `record` wrote: the whole file once, to see whether it is damaged.
 
         nets: loaded ControlNets, in case the anchors were steered; others are loaded from where they once were.
-        Raises ConsistoryError for another kind of file, a damaged one, or one that another model or ControlNet made.
+        Raises ConsistoryError for another kind of file, a damaged one, or one that another model, noise schedule or
+        ControlNet made.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -272,6 +287,11 @@ class Subject:
         if metadata.get("model") != identity(pipe):
             other = f"another model than {pipe.name}, other LoRAs or another picture prompt"
             raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
+        if metadata.get("schedule") != str(pipe.schedule):
+            raise ConsistoryError(
+                f"{path} was made with another noise schedule, or spacing of its timesteps, than {pipe.name} has: "
+                "load the model with the spacing it was made with"
+            )
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")
         with safe_open(path, "pt") as file:
@@ -285,7 +305,8 @@ class Subject:
             recipe["photos"] = PhotoConfig(**recipe["photos"])
         recipe = Recipe(**recipe)
         if metadata["grade"] == "recording":
-            return cls(pipe, recipe, masks, latents, Recorded(path, pipe.unet))
+            steered = bool(json.loads(metadata["controls"]))
+            return cls(pipe, recipe, masks, latents, Recorded(path, pipe.unet), steered=steered)
         loaded = {fingerprint(net): net for net in nets}
         controls = []
         for number, control in enumerate(json.loads(metadata["controls"])):

@@ -1,5 +1,6 @@
 """Which implementation of an operator runs."""
 
+import os
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -12,11 +13,22 @@ Backend = Literal["reference", "packed", "fused"]
 def pick_backend(x: Tensor, backend: Backend | None = None, *, fits: bool = True) -> Backend:
     """The backend asked for, else "fused" where `x` is a 16-bit CUDA tensor whose shape `fits`, else "packed".
 
-    Raises ValueError for a name that is no backend.
+    GPUs before Ampere (compute capability 8.0) have too little shared memory for the kernels' blocks.
+    Raises ValueError for a name that is no backend, and for "fused" where it cannot run.
     """
+    if backend == "fused" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the fused backend runs on a GPU, and the tensors are on {x.device}: leave backend out")
     if backend is not None:
         if backend not in get_args(Backend):
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
         return backend
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return "fused" if x.is_cuda and half and fits and find_spec("triton") is not None else "packed"
+    able = x.is_cuda and find_spec("triton") is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return "fused" if able and half and fits else "packed"
+
+
+def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor, by name, that has not the shape that it is given with."""
+    for name, (x, shape) in tensors.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} is {list(x.shape)}: beside the other tensors, it has to be {list(shape)}")

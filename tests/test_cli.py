@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from consistory import ConsiStory, ConsistoryConfig, FreeU, QueryBlend
-from consistory.cli import file_and_weight, main
+from consistory.cli import file_and_weight, main, parse_evaluate, parse_extend
 
 Capture = pytest.CaptureFixture[str]
 CAT = ["a cat", "--settings", "on the beach", "in the snow"]
@@ -116,7 +116,36 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     out = tmp_path / "out"
     assert command(*CAT, "--out", out, "--save-subject", tmp_path / "file" / "cat.safetensors") == 2
     assert "cannot be written" in capsys.readouterr().err
+    assert command(*CAT, "--out", out, "--save-subject", tmp_path) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_pictures_of_somebody_else_are_left_alone(tmp_path: Path, capsys: Capture) -> None:
+    own = photo(tmp_path / "02.png").read_bytes()
+    assert command(*CAT, "--out", tmp_path) == 2
+    assert "02.png is not a story's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["02.png"] and (tmp_path / "02.png").read_bytes() == own
+
+
+def test_a_page_of_another_story_goes(tmp_path: Path) -> None:
+    assert command(*CAT, "--steps", "2", "--explain", "--out", tmp_path) == 0
+    assert (tmp_path / "story.html").exists()
+    assert command(*CAT, "--steps", "2", "--explain", "--out", tmp_path) == 0
+    assert (tmp_path / "story.html").exists()
+    assert command(*CAT, "--steps", "2", "--seed", "7", "--out", tmp_path) == 0
+    assert not (tmp_path / "story.html").exists()
+
+
+def test_what_is_drawn_later_has_a_folder_of_its_own() -> None:
+    folders = [parse_extend(["f", "--settings", "x"]).out, parse_evaluate(["f"]).out]
+    assert [*map(str, folders)] == ["more", "evaluation"]
+
+
+@pytest.mark.parametrize("option", ["--control-weight", "--control-end", "--ip-adapter-weight"])
+def test_options_that_would_do_nothing(option: str, tmp_path: Path, capsys: Capture) -> None:
+    assert command(*CAT, option, "0.5", "--out", tmp_path / "out") == 2
+    assert option in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_recording_needs_a_file(tmp_path: Path, capsys: Capture) -> None:

@@ -164,6 +164,37 @@ def test_a_prompt_without_its_concept_stops_everything(pipe: ConsiStory, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"anchors": 2}, "set 2: 2 anchors do not fit 1 pictures"),
+     ({"config": ConsistoryConfig(separate_subjects=True)}, "set 1: 1 concepts are given")],
+)  # fmt: skip
+def test_a_set_that_does_not_fit_the_settings_stops_everything(
+    pipe: ConsiStory, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConsistoryError, match=says):
+        run(pipe, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["02.png", "mask-01.png"])
+def test_a_set_without_all_of_its_pictures_is_drawn_again(pipe: ConsiStory, name: str, tmp_path: Path) -> None:
+    run(pipe, tmp_path)
+    path = tmp_path / READ[0].folder / name
+    before = path.read_bytes()
+    path.unlink()
+    run(pipe, tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", f"{READ[0].folder}/story.json"])
+def test_damaged_results_are_named(pipe: ConsiStory, name: str, tmp_path: Path) -> None:
+    run(pipe, tmp_path)
+    (tmp_path / name).write_text("[1")
+    with pytest.raises(ConsistoryError, match=f"{name} is damaged: delete it"):
+        run(pipe, tmp_path)
+
+
 def test_plain_pictures_have_masks_too(pipe: ConsiStory, tmp_path: Path) -> None:
     run(pipe, tmp_path, config=ConsistoryConfig.vanilla(), steps=1)
     assert set(np.unique(np.asarray(Image.open(tmp_path / "001-a-cute-dog" / "mask-01.png")))) == {0, 255}
@@ -231,6 +262,18 @@ def test_the_command_draws_then_scores(
     shown = capsys.readouterr().out
     assert "text alignment" in shown and str(out / "evaluation.json") in shown
     assert "scores" in json.loads((out / "evaluation.json").read_text())
+
+
+def test_the_command_goes_on_with_the_same_model_only(golden_weights: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "sets.json").write_text(json.dumps(SETS), "utf-8-sig")
+    command = ["evaluate", tmp_path / "sets.json", "--out", tmp_path / "out", "--model", golden_weights, "--steps", "1"]
+    command += ["--width", "64", "--height", "64", "--clip-skip", "1"]
+    assert main([str(x) for x in command]) == 0
+    (folder,) = (tmp_path / "out").glob("001-*")
+    assert json.loads((folder / "story.json").read_text("utf-8"))["clip_skip"] == 1
+    capsys.readouterr()
+    assert main([str(x) for x in [*command, "--spacing", "trailing", "--dtype", "bfloat16"]]) == 2
+    assert "another dtype, spacing" in capsys.readouterr().err
 
 
 def test_the_command_refuses_before_it_draws(tmp_path: Path, capsys: Capture) -> None:

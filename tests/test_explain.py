@@ -301,6 +301,14 @@ def test_words_of_a_prompt_do_not_break_the_page(pipe: ConsiStory) -> None:
     assert facts["prompts"] == prompts
 
 
+@pytest.mark.parametrize("options", [{"chunk": 1, "anchors": 1}, {"choose": lambda record: [2]}])
+def test_a_part_of_a_story_has_no_page(pipe: ConsiStory, options: dict[str, Any]) -> None:
+    trace = Trace()
+    story = pipe(**(CALL | {"steps": 1} | options), observer=trace)
+    with pytest.raises(ConsistoryError, match="without chunk and choose"):
+        trace.page(story)
+
+
 def smooth_noise(*shape: int, seed: int) -> Tensor:
     """Detail at every scale, as a photograph has, 0 to 1. shape: [N, C, h, w]."""
     n, c, h, w = shape

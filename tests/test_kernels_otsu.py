@@ -90,3 +90,8 @@ def test_nothing_waits_for_the_gpu_and_the_result_is_the_cpu_one() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(threshold.cpu(), otsu_threshold(x))
+
+
+def test_other_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="convert them to float32"):
+        otsu_threshold(torch.arange(10))

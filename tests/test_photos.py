@@ -116,8 +116,13 @@ def test_photos_are_never_sources_of_each_other(story: Story, subject: Subject) 
 def test_new_pictures_depend_on_the_photos(pipe: ConsiStory, story: Story) -> None:
     other = personalize(pipe, images=[picture(0), picture(7)]).extend(SETTINGS)
     assert (other.latents - story.latents).abs().max() > 1e-3
-    plain = personalize(pipe, config=ConsistoryConfig.vanilla()).extend(SETTINGS)
-    assert (plain.latents - story.latents).abs().max() > 1e-3
+
+
+def test_plain_pictures_do_not_depend_on_the_photos(pipe: ConsiStory) -> None:
+    plain = personalize(pipe, config=ConsistoryConfig.vanilla()).extend(SETTINGS[:1], seed=5)
+    prompts = [f"a cute dog {SETTINGS[0]}"]
+    expected = pipe(prompts=prompts, seed=5, config=ConsistoryConfig.vanilla(), **SIZE)
+    torch.testing.assert_close(plain.latents, expected.latents, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"method": "noise"}, {"align_keys": False}, {"anchors_read": True}, {"seed": 8}])
@@ -179,6 +184,7 @@ def test_prompts_are_plain_unless_given(pipe: ConsiStory) -> None:
         ({"prompts": ["a dog"]}, "1 prompts are given for 2 photos"), ({"concept": "cat"}, "cat"),
         ({"subject": ""}, "no subject"), ({"photo_guidance": float("nan")}, "guidance"), ({"steps": 0}, "steps"),
         ({"width": 100}, "multiples"), ({"seed": [1]}, "seeds"),
+        ({"negative_prompt": "red", "guidance": 1.0}, "does nothing"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit(pipe: ConsiStory, options: dict[str, Any], says: str) -> None:

@@ -310,6 +310,27 @@ def test_separate_subjects_are_not_recorded(pipe: ConsiStory, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_recorded_is_refused_before_pictures_are_chosen(pipe: ConsiStory, tmp_path: Path) -> None:
+    """So that all ranks of a distributed run hear of it."""
+
+    def choose(record: dict[str, Any]) -> list[int]:
+        raise AssertionError
+
+    with pytest.raises(ConsistoryError, match="recipe instead"):
+        pipe(prompts=["a dog and a cat"], concepts=["dog", "cat"], config=ConsistoryConfig(separate_subjects=True),
+             record=tmp_path / "both.safetensors", choose=choose, **SIZE)  # fmt: skip
+
+
+@pytest.mark.parametrize("grade", ["save", "record"])
+def test_another_spacing_is_refused(golden_weights: Path, grade: str, tmp_path: Path) -> None:
+    trailing = ConsiStory.from_pretrained(golden_weights, spacing="trailing")
+    story = trailing(subject="a cute dog", settings=SETTINGS[:1], width=64, height=64, steps=1)
+    getattr(story.subject, grade)(tmp_path / "dog.safetensors")
+    assert Subject.load(tmp_path / "dog.safetensors", trailing).recipe == story.subject.recipe
+    with pytest.raises(ConsistoryError, match="load the model with the spacing it was made with"):
+        Subject.load(tmp_path / "dog.safetensors", ConsiStory.from_pretrained(golden_weights, spacing="leading"))
+
+
 def test_a_recipe_becomes_a_recording(anchors: Story, whole: Story, pipe: ConsiStory, tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     anchors.subject.save(path)

@@ -127,6 +127,8 @@ def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise ConsistoryError(f"there is no folder {path.parent}: check the name") from None
         raise ConsistoryError(f"{path} is missing: download the whole checkpoint folder again") from None
     except (OSError, ValueError) as error:
         raise ConsistoryError(f"cannot read {path} ({error}): download it again") from None
@@ -470,7 +472,7 @@ def _open_sharded(path: Path) -> dict[str, Read]:
 
 def open_safetensors(path: Path) -> Any:
     """An open safetensors file. Raises ConsistoryError if it cannot be one."""
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLED and path.exists():
         raise _pickled(path)
     if path.is_dir():
         raise ConsistoryError(f"{path} is a folder, not a file: load it as a checkpoint folder")

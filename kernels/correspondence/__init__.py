@@ -1,6 +1,6 @@
 """Dense correspondence: the nearest source patch of every target patch (ConsiStory, section 4.3, equations 8-9)."""
 
-from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.correspondence import packed, reference
 from torch import Tensor
 
@@ -18,8 +18,9 @@ def match(
     returns         index int64 [T, S, P] and distance float32 [T, S, P] = 1 - cos; ties go to the lowest index,
                     and a source without any patch gives index 0 and distance 2
 
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit together, or an unknown backend.
     """
+    check_shapes(source=(source, (len(source), *target.shape[1:])), source_mask=(source_mask, source.shape[:2]))
     chosen = pick_backend(target, backend)
     if chosen == "fused":
         from consistory.kernels.correspondence import fused

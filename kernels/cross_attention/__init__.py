@@ -1,6 +1,6 @@
 """Cross-attention that also reports how much each patch attends to chosen tokens (ConsiStory, equation 7)."""
 
-from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.cross_attention import packed, reference
 from torch import Tensor
 
@@ -18,8 +18,11 @@ def cross_attention(
     returns         out [B, H, P, d], maps [B, P, K]: softmax(q k^T / sqrt(d)) @ token_weights, mean of
                     heads, in float32 (float64 if q is)
 
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit together, or an unknown backend.
     """
+    (batch, heads, _, head_size), tokens, concepts = q.shape, k.shape[2], token_weights.shape[-1]
+    keys = batch, heads, tokens, head_size
+    check_shapes(k=(k, keys), v=(v, keys), token_weights=(token_weights, (batch, tokens, concepts)))
     chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 64 and k.shape[2] <= 128)
     if chosen == "fused":
         from consistory.kernels.cross_attention import fused

@@ -21,7 +21,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> t
     """Shapes as in `consistory.kernels.cross_attention`; rows of d values contiguous, other strides free.
 
     The result is laid out [B, P, H, d], so that joining its heads is a view. A program holds all the tokens of a head,
-    which spills no register up to T = 128 and d = 64 in 16 bit; float32, which only `backend="fused"` brings here, does.
+    which spills no register up to T = 128 and d = 64 in 16 bit, but does in float32 (which runs here only if asked to).
     """
     batch, heads, patches, head_size = q.shape
     concepts = token_weights.shape[-1]

@@ -1,6 +1,6 @@
 """Extended attention: the operator of subject-driven self-attention (ConsiStory, section 4.1)."""
 
-from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.extended_attention import packed, reference
 from torch import Tensor
 
@@ -31,11 +31,17 @@ def extended_attention(
                     anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
 
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit together, one of `anchor_k` and `anchor_v` alone, or an unknown
+    backend.
     """
-    anchors = key_mask.shape[0]
+    (g, n, h, p, d), anchors = q.shape, len(key_mask)
+    if (anchor_k is None) != (anchor_v is None):
+        raise ValueError("one of anchor_k and anchor_v is given alone: give both or neither")
     if anchor_k is None or anchor_v is None:
         anchor_k, anchor_v = k[:, :anchors], v[:, :anchors]
+    recorded = g, anchors, h, p, d
+    check_shapes(k=(k, q.shape), v=(v, q.shape), key_mask=(key_mask, (anchors, p)), share=(share, (n, anchors)))
+    check_shapes(anchor_k=(anchor_k, recorded), anchor_v=(anchor_v, recorded))
     chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128)
     if chosen == "fused":
         from consistory.kernels.extended_attention import fused

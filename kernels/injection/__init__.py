@@ -1,6 +1,6 @@
 """Feature injection: the in-order blend of corresponding features (ConsiStory, section 4.3, equations 5-6)."""
 
-from consistory.kernels.backends import Backend, pick_backend
+from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.injection import packed, reference
 from torch import Tensor
 
@@ -30,8 +30,11 @@ def inject(
                     `anchors` is not used
     returns         a new tensor [N, P, C]
 
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit together, or an unknown backend.
     """
+    patches = x.shape[:2]
+    check_shapes(source_index=(source_index, patches), source_image=(source_image, patches))
+    check_shapes(inject_mask=(inject_mask, patches))
     chosen = pick_backend(x, backend)
     if chosen == "fused":
         from consistory.kernels.injection import fused

@@ -17,7 +17,13 @@ def otsu_threshold(x: Tensor) -> Tensor:
 
     Values greater than the threshold are the upper class. This is scikit-image's `threshold_otsu` with the classes
     compared in exact arithmetic, so that the choice between equally good bins is the same on every device.
+
+    Raises ValueError for another dtype.
     """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the maps are {x.dtype}: convert them to float32 or float64")
+    if x.device.type == "mps":  # which has no float64
+        return otsu_threshold(x.cpu()).to(x.device)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     edges = _bin_edges(low, high)
     bins = (torch.searchsorted(edges, x.contiguous(), right=True) - 1).clamp(0, BINS - 1)

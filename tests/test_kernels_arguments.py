@@ -1,0 +1,66 @@
+"""What all operators say to arguments that do not fit, and which backend they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from consistory.kernels.backends import pick_backend
+from consistory.kernels.correspondence import match
+from consistory.kernels.cross_attention import cross_attention
+from consistory.kernels.extended_attention import extended_attention
+from consistory.kernels.injection import inject
+from torch import Tensor
+
+G, N, A, H, P, D, T, K = 2, 3, 2, 2, 16, 8, 7, 1
+FITTING: dict[Callable[..., Any], dict[str, Tensor]] = {
+    extended_attention: {name: torch.randn(G, N, H, P, D) for name in "qkv"}
+    | {"key_mask": torch.ones(A, P, dtype=torch.bool), "share": torch.ones(N, A, dtype=torch.bool)}
+    | {f"anchor_{name}": torch.randn(G, A, H, P, D) for name in "kv"},
+    match: {
+        "target": torch.randn(N, P, D), "source": torch.randn(A, P, D),
+        "source_mask": torch.ones(A, P, dtype=torch.bool),
+    },
+    cross_attention: {"q": torch.randn(N, H, P, D), "k": torch.randn(N, H, T, D), "v": torch.randn(N, H, T, D),
+                      "token_weights": torch.rand(N, T, K)},
+    inject: {"x": torch.randn(N, P, D), "source_index": torch.zeros(N, P, dtype=torch.int64),
+             "source_image": torch.zeros(N, P, dtype=torch.int64), "inject_mask": torch.ones(N, P, dtype=torch.bool)},
+}  # fmt: skip
+FREE = [(inject, "x", 2), (match, "target", 0), (cross_attention, "q", 2), (cross_attention, "token_weights", 2)]
+OTHERS: dict[Callable[..., Any], dict[str, Any]] = {inject: {"alpha": 0.8, "anchors": A}}
+
+
+@pytest.mark.parametrize("backend", ["reference", "packed"])
+@pytest.mark.parametrize(("operator", "name"), [(each, name) for each, given in FITTING.items() for name in given])
+def test_shapes_that_do_not_fit_are_refused(operator: Callable[..., Any], name: str, backend: str) -> None:
+    """One less along any axis that another tensor has, too: nothing is computed."""
+    arguments = FITTING[operator] | OTHERS.get(operator, {}) | {"backend": backend}
+    operator(**arguments)
+    given = arguments[name]
+    for axis in (axis for axis in range(given.ndim) if (operator, name, axis) not in FREE):
+        with pytest.raises(ValueError, match="has to be"):
+            operator(**arguments | {name: given.narrow(axis, 0, given.shape[axis] - 1)})
+
+
+def test_recorded_keys_need_values() -> None:
+    for name in ("anchor_k", "anchor_v"):
+        arguments = {key: value for key, value in FITTING[extended_attention].items() if key != name}
+        with pytest.raises(ValueError, match="give both or neither"):
+            extended_attention(**arguments)
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((7, 5), "packed"), ((8, 0), "fused"), ((9, 0), "fused")])
+def test_fused_needs_an_ampere(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x: Any = SimpleNamespace(dtype=torch.float16, is_cuda=True, device=torch.device("cuda:0"))
+    assert pick_backend(x) == backend
+
+
+def test_fused_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="runs on a GPU, and the tensors are on cpu"):
+        pick_backend(torch.zeros(1), "fused")
