@@ -314,6 +314,19 @@ def test_a_saved_subject_whose_controlnet_is_another_now(anchors: Story, pipe: C
         Subject.load(tmp_path / "dog.safetensors", pipe)
 
 
+def test_a_loaded_recording_of_a_steered_subject_is_not_saved_again(
+    anchors: Story, pipe: ConsiStory, tmp_path: Path
+) -> None:
+    """It goes on without the ControlNets, which were not loaded; what would be saved would lack them."""
+    anchors.subject.record(tmp_path / "dog.safetensors")
+    loaded = Subject.load(tmp_path / "dog.safetensors", pipe)
+    expected = anchors.subject.extend(["in a meadow"], seed=9)
+    assert_close(loaded.extend(["in a meadow"], seed=9).latents, expected.latents)
+    for again in (loaded.save, loaded.record):
+        with pytest.raises(ConsistoryError, match="keep the recording"):
+            again(tmp_path / "again.safetensors")
+
+
 def test_a_subject_without_controls_is_as_small_as_ever(pipe: ConsiStory, tmp_path: Path) -> None:
     draw(pipe).subject.save(tmp_path / "dog.safetensors")
     assert all(key.startswith("masks") for key in load_file(tmp_path / "dog.safetensors"))
