@@ -149,7 +149,7 @@ def test_what_is_no_picture_is_told_before_loading(
     [
         (["--control", "NET"], "name a picture after the ControlNet"),
         (["--control"], "--control: expected at least one argument"),
-        (["--control-weight", "1", "2"], "2 numbers are given for 0 --control"),
+        (["--control-weight", "1", "2"], "there is no --control"),
         (["--control", "NET", "LEFT", "--control-end", "0.5", "0.6"], "2 numbers are given for 1 --control"),
         (["--control", "NET", "LEFT", "--control-start", "2"], "use 0 to 1"),
         (["--control", "NET", "LEFT", "--control-start", "0.9", "--control-end", "0.1"], "from 0.9 to 0.1"),
