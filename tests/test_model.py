@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from single_file import to_original
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
-from consistory.images import describe
-from consistory.model import (
+from consistory.arguments import (
     check_anchors,
     check_sampling,
     compose_prompts,
@@ -25,6 +24,7 @@ from consistory.model import (
     initial_noise,
     usable_device,
 )
+from consistory.images import describe
 
 PROMPTS = ["a photo of a cute dog sitting on the beach", "a watercolor of a fluffy dog, by night"]
 QUICK: dict[str, Any] = {"prompts": PROMPTS, "concepts": ["dog"], "steps": 1, "width": 32, "height": 64}
