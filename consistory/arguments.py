@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -114,8 +115,11 @@ def check_clip_skip(clip_skip: int, layers: int) -> None:
 
 
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
-    """One seed per image. Raises ConsistoryError for a wrong number of seeds or one out of range."""
-    seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed) + i for i in range(images)]
+    """One seed per image. Raises ConsistoryError for a wrong number of them, or one not whole or out of range."""
+    try:
+        seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(images)]
+    except TypeError:
+        raise ConsistoryError(f"the seed is {seed!r}: give a whole number, or a list, one per picture") from None
     if len(seeds) != images:
         raise ConsistoryError(f"{len(seeds)} seeds are given for {images} pictures: give one seed, or one per picture")
     if not all(0 <= s < 2**63 for s in seeds):

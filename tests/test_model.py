@@ -96,8 +96,10 @@ def test_a_seed_counts_up_or_is_given_for_each_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "seed, says", [([1, 2], "2 seeds are given for 3"), (-1, "out of range"), (2**63 - 2, "out of range")]
-)
+    "seed, says",
+    [([1, 2], "2 seeds are given for 3"), (-1, "out of range"), (2**63 - 2, "out of range"), (1.9, "whole number"),
+     (None, "whole number"), ([1, 2, "3"], "whole number"), (np.array([1, 2, 3]), "or a list")],
+)  # fmt: skip
 def test_seeds_that_do_not_fit(seed: Any, says: str) -> None:
     with pytest.raises(ConsistoryError, match=says):
         expand_seeds(seed, 3)
