@@ -307,9 +307,18 @@ def test_a_damaged_picture_is_drawn_again(tmp_path: Path) -> None:
     assert Album(tmp_path).begin(record(1)) == []
 
 
-def test_pictures_that_are_not_ours_or_were_resized_are_no_help(tmp_path: Path) -> None:
+def test_a_picture_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "02.png")
+    before = (tmp_path / "02.png").read_bytes()
+    for write in (lambda: Album(tmp_path).begin(record(3)), lambda: save_story(story(3, 8, 8), tmp_path)):
+        with pytest.raises(ConsistoryError, match=r"02\.png is not a story's"):
+            write()
+    assert files(tmp_path) == ["02.png"] and (tmp_path / "02.png").read_bytes() == before
+
+
+def test_pictures_that_are_damaged_or_were_resized_are_no_help(tmp_path: Path) -> None:
     drawn(tmp_path, 3)
-    Image.fromarray(pictures(1)[0]).save(tmp_path / "01.png")
+    (tmp_path / "01.png").write_bytes((tmp_path / "01.png").read_bytes()[:-40])
     (tmp_path / "02.png").unlink()
     (tmp_path / "02.png").mkdir()
     with Image.open(tmp_path / "03.png") as image:

@@ -472,7 +472,7 @@ def _open_sharded(path: Path) -> dict[str, Read]:
 
 def open_safetensors(path: Path) -> Any:
     """An open safetensors file. Raises ConsistoryError if it cannot be one."""
-    if path.suffix in PICKLED and path.exists():
+    if path.suffix in PICKLED:
         raise _pickled(path)
     if path.is_dir():
         raise ConsistoryError(f"{path} is a folder, not a file: load it as a checkpoint folder")
