@@ -101,7 +101,7 @@ class Album:
 
     def check_free(self) -> None:
         """Raises ConsistoryError if a whole picture that is not of a story has the name of one to be drawn."""
-        for name in self._names:
+        for name in (*self._names, GRID):
             text = read_text(self.folder / name)
             if text is not None and "consistory" not in text:
                 raise ConsistoryError(
@@ -114,7 +114,8 @@ class Album:
         data = encode_png(image, text)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (RECORD, GRID, PAGE):
+            told = (self.folder / RECORD).exists()  # else a page there is somebody else's
+            for name in (RECORD, GRID, PAGE) if told else (GRID,):
                 (self.folder / name).unlink(missing_ok=True)
             write_atomically(self.folder / self._names[index], data)
         except OSError as error:

@@ -316,6 +316,15 @@ def test_a_picture_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
     assert files(tmp_path) == ["02.png"] and (tmp_path / "02.png").read_bytes() == before
 
 
+def test_a_grid_and_a_page_that_are_not_ours_stay(tmp_path: Path) -> None:
+    (tmp_path / "story.html").write_text("my own")
+    drawn(tmp_path, 2).finish()
+    assert (tmp_path / "story.html").read_text() == "my own"
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "grid.png")
+    with pytest.raises(ConsistoryError, match=r"grid\.png is not a story's"):
+        Album(tmp_path).begin(record(2))
+
+
 def test_pictures_that_are_damaged_or_were_resized_are_no_help(tmp_path: Path) -> None:
     drawn(tmp_path, 3)
     (tmp_path / "01.png").write_bytes((tmp_path / "01.png").read_bytes()[:-40])
