@@ -35,7 +35,7 @@ setup(
         "tokenizers>=0.15",
         "numpy>=1.24",
         "einops>=0.7",
-        "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
         "cli": ["pillow>=9", "tqdm>=4.60"],

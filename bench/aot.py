@@ -41,6 +41,7 @@ class Specimen:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,24 @@ class Resources:
 
 
 def attention(
-    head_size: int, dtype: torch.dtype, patches: int, tile: extended_attention.Tile | None = None, blend: bool = False,
-    regions: bool = False,
+    arch: int, head_size: int, dtype: torch.dtype, patches: int, blend: bool = False, regions: bool = False
 ) -> Specimen:
     width, pointer = triton.next_power_of_2(head_size), f"*{TYPES[dtype]}"
-    tile = tile or extended_attention.tile_for(dtype)
+    tile = extended_attention.tile_for(dtype, width, arch >= 90)
     tensors = {
         f"{x}_{part}": t
         for x in ("q", "vanilla", "k", "v", "out")
         for part, t in (("ptr", pointer), ("strides", STRIDES))
     }
+    option = blend * " blend" + regions * " regions"
     return Specimen(
-        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile)}" + blend * " blend" + regions * " regions",
+        name=f"attend d={head_size} {TYPES[dtype]} P={patches} {tuple(tile[:4])}{option}",
         kernel=extended_attention.attend_kernel,
         types=tensors
-        | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "length_ptr": "*i32", "share_ptr": "*u8"}
+        | {"packed_k_ptr": pointer, "packed_v_ptr": pointer, "end_ptr": "*i32", "share_ptr": "*u8"}
         | {"packed_region_ptr": "*i32", "region_ptr": "*i32"}
-        | {"weight": "fp32", "scale": "fp32", "images": "i32", "anchors": "i32", "heads": "i32", "patches": "i32"},
+        | {"weight": "fp32", "scale": "fp32"}
+        | dict.fromkeys(("halves", "images", "anchors", "heads", "patches"), "i32"),
         constants={
             "BLEND": blend,
             "REGIONS": regions,
@@ -85,6 +87,7 @@ def attention(
         },
         warps=tile.warps,
         stages=tile.stages,
+        registers=tile.registers,
     )
 
 
@@ -99,7 +102,7 @@ def pack(head_size: int, dtype: torch.dtype, patches: int, regions: bool = False
             "packed_v_ptr": pointer,
             "region_ptr": "*i32",
             "packed_region_ptr": "*i32",
-            "length_ptr": "*i32",
+            "end_ptr": "*i32",
             "anchors": "i32",
             "heads": "i32",
             "patches": "i32",
@@ -188,17 +191,17 @@ def inject(dtype: torch.dtype) -> Specimen:
     )
 
 
-def specimens() -> list[Specimen]:
+def specimens(arch: int) -> list[Specimen]:
     """Everything SDXL launches in 16 bit, other head sizes, and what float32 takes."""
     half = torch.float16
     return [
-        attention(64, half, 4096),
-        attention(64, half, 4096, blend=True),
-        attention(64, half, 4096, regions=True),
-        attention(64, torch.bfloat16, 4096),
-        attention(40, half, 4096),
-        attention(128, half, 4096),
-        attention(64, torch.float32, 4096),
+        attention(arch, 64, half, 4096),
+        attention(arch, 64, half, 4096, blend=True),
+        attention(arch, 64, half, 4096, regions=True),
+        attention(arch, 64, torch.bfloat16, 4096),
+        attention(arch, 40, half, 4096),
+        attention(arch, 128, half, 4096),
+        attention(arch, 64, torch.float32, 4096),
         pack(64, half, 4096),
         pack(64, half, 4096, regions=True),
         match(half),
@@ -212,10 +215,17 @@ def specimens() -> list[Specimen]:
 
 def compile_for(arch: int, specimen: Specimen) -> Resources:
     """Compile for compute capability `arch` (90 for H100 and H200, 80 for A100) and read the assembler's report."""
+    overlap = arch >= 90 and "OVERLAP" in specimen.kernel.arg_names
     built = triton.compile(
-        _source(specimen),
+        _source(specimen, overlap),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": specimen.warps, "num_stages": specimen.stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": specimen.warps,
+            "num_stages": specimen.stages,
+            "maxnreg": specimen.registers,
+            "launch_pdl": overlap,
+            "enable_fp_fusion": True,
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -234,15 +244,15 @@ def compile_for(arch: int, specimen: Specimen) -> Resources:
     )
 
 
-def _source(specimen: Specimen) -> ASTSource:
+def _source(specimen: Specimen, overlap: bool) -> ASTSource:
     """The kernel as its launcher would specialise it: pointers and strides divisible by 16, the last stride 1."""
-    names = specimen.kernel.arg_names
+    names, given = specimen.kernel.arg_names, specimen.constants | {"OVERLAP": overlap}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     divisible: list[tuple[int, ...]] = []
     for i, name in enumerate(names):
-        if name in specimen.constants:
-            signature[name], constants[(i,)] = "constexpr", specimen.constants[name]
+        if name in given:
+            signature[name], constants[(i,)] = "constexpr", given[name]
             continue
         signature[name] = specimen.types[name]
         if isinstance(signature[name], tuple):
@@ -274,7 +284,7 @@ def main() -> None:
     found = [
         compile_for(arch, specimen)
         for arch in arguments.arch
-        for specimen in specimens()
+        for specimen in specimens(arch)
         if arguments.only in specimen.name
     ]
     if arguments.json:

@@ -3,7 +3,7 @@
     python bench/kernels.py                       # all operators, shapes that suit the device
     python bench/kernels.py --operator match      # one of them
     python bench/kernels.py --quick               # the smallest shape of each, few rounds: does everything run?
-    python bench/kernels.py --tiles               # on a GPU: which block sizes are best for attention
+    python bench/kernels.py --tiles               # on a GPU: which blocks suit attention best, what options cost
 
 A table on screen; JSON and a plot in bench/results/, or in the folder of `--out`. Every contender is compared with
 float32 before it is timed: one that is off by more than its precision allows gets no time. "floor" is what the user
@@ -224,27 +224,42 @@ def _prepared(name: str, operator: str, problem: Any, dtype: torch.dtype, row: R
     return call
 
 
+TILES = [  # queries, keys, warps, stages, registers
+    (64, 64, 4, 3, 128), (64, 64, 4, 2, 128), (64, 64, 4, 4, 128), (64, 32, 4, 4, 96), (64, 128, 4, 2, 168),
+    (128, 64, 8, 3, 128), (128, 64, 8, 3, None), (128, 64, 4, 3, None), (128, 128, 8, 2, None), (256, 64, 8, 3, None),
+]  # fmt: skip
+
+
 def best_tiles(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[Row]:
-    """Attention with other blocks than `tile_for` chooses, the fastest first."""
+    """Attention with other blocks than `tile_for` chooses, and what options cost, packing included; fastest first."""
     from consistory.kernels.extended_attention import fused
 
     a = attention(shape, device, dtype)
-    packed_keys = fused.pack(a.k[:, : a.anchors], a.v[:, : a.anchors], a.key_mask)
-    rows: dict[str, Row] = {}
-    calls: dict[str, Call] = {}
-    for queries, keys, warps in ((128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 64, 4), (256, 64, 8)):
-        for stages in (2, 3, 4):
-            tile = fused.Tile(queries, keys, warps, stages)
-            row = rows[str(tuple(tile))] = Row("tiles", str(tuple(tile)), asdict(shape))
-            call = partial(fused.attend, a.q, a.k, a.v, packed_keys, a.share, tile=tile)
-            try:
-                row.error = attention_error(a, call())
-            except Exception as failure:  # more shared memory than the GPU has
-                row.note = f"did not run: {str(failure).splitlines()[0]}"
-                continue
-            calls[row.contender] = call
+    anchor_k, anchor_v = a.k[:, : a.anchors], a.v[:, : a.anchors]
+    attend = partial(fused.extended_attention, a.q, a.k, a.v, anchor_k, anchor_v, a.key_mask, a.share)
+    everywhere = torch.ones(shape.images, shape.patches, dtype=torch.int32, device=device)
+    calls: dict[str, Call] = {str(tile): partial(attend, tile=fused.Tile(*tile)) for tile in TILES}
+    calls |= {
+        "pack, then attend": lambda: fused.attend(a.q, a.k, a.v, fused.pack(anchor_k, anchor_v, a.key_mask), a.share),
+        "blended queries": partial(attend, q_blend=(torch.roll(a.q, 1, dims=-1), 0.5)),
+        "regions": partial(attend, regions=(everywhere, everywhere[: a.anchors])),
+        "pack alone": partial(fused.pack, anchor_k, anchor_v, a.key_mask),
+        "floor": CONTENDERS["extended_attention"]["floor"](a),
+    }
+    rows = {name: Row("tiles", name, asdict(shape)) for name in calls}
+    for name, row in rows.items():
+        try:
+            out = calls[name]()
+        except Exception as failure:  # more shared memory than the GPU has
+            row.note = f"did not run: {str(failure).splitlines()[0]}"
+            del calls[name]
+            continue
+        if name not in ("blended queries", "pack alone", "floor"):  # these compute something else
+            row.error = attention_error(a, out)
     for name, seconds in median_seconds(calls, rounds, device).items():
-        rows[name].seconds, rows[name].tflops = seconds, a.flops() / seconds / 1e12
+        rows[name].seconds = seconds
+        if name not in ("pack alone", "floor"):
+            rows[name].tflops = a.flops() / seconds / 1e12
     return sorted(rows.values(), key=lambda row: row.seconds or math.inf)
 
 
@@ -262,13 +277,13 @@ def show(rows: list[Row]) -> None:
     ours = min((row.seconds for row in rows if row.contender in OURS and row.seconds), default=None)
     for row in rows:
         if row.seconds is None:
-            print(f"  {row.contender:18} {row.note}")
+            print(f"  {row.contender:24} {row.note}")
             continue
         ratio = "".join(f"{row.seconds / unit:6.2f} x {of}" for unit, of in ((floor, "floor"), (ours, "ours")) if unit)
         tflops = f"{row.tflops:8.2f} TFLOP/s" if row.tflops else " " * 16
         error = f"error {row.error:.1e}" if row.error is not None else " " * 13
         memory = f"{row.peak_bytes / 2**20:8.0f} MiB" if row.peak_bytes is not None else ""
-        print(f"  {row.contender:18} {row.seconds * 1e3:10.3f} ms {ratio} {tflops} {error} {memory}")
+        print(f"  {row.contender:24} {row.seconds * 1e3:10.3f} ms {ratio} {tflops} {error} {memory}")
 
 
 def plot(rows: list[Row], facts: dict[str, str], path: Path) -> None:

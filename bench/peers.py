@@ -170,13 +170,14 @@ def xformers(a: Attention) -> Call:
 def flex(a: Attention) -> Call:
     """FlexAttention over the keys of {own, anchors}: its block mask skips blocks of 128 x 128 without any kept key."""
     halves, images, _, patches, _ = a.q.shape
-    # One look-up a score: whatever else the mask function did, it would do for every score.
-    visible = F.pad(a.reads.flatten(1), (patches, 0), value=True).repeat(halves, 1)  # [G N, P + A P]
+    # One look-up a score: whatever else the mask function did, it would do for every score. In int32, since a look-up
+    # of booleans makes the whole thirteen times slower (PyTorch 2.11 on an H200).
+    visible = F.pad(a.reads.flatten(1), (patches, 0), value=True).repeat(halves, 1).int()  # [G N, P + A P]
 
     def join(x: Tensor) -> Tensor:
         return torch.cat([x, _anchor_rows(x, a.anchors)[:, None].expand(-1, images, -1, -1, -1)], dim=3)
 
-    return _flex(a, lambda b, h, q, key: visible[b, key], patches * (1 + a.anchors), join)
+    return _flex(a, lambda b, h, q, key: visible[b, key] > 0, patches * (1 + a.anchors), join)
 
 
 def flex_packed(a: Attention) -> Call:

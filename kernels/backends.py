@@ -1,6 +1,7 @@
 """Which implementation of an operator runs."""
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -23,8 +24,14 @@ def pick_backend(x: Tensor, backend: Backend | None = None, *, fits: bool = True
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
         return backend
     half = x.dtype in (torch.float16, torch.bfloat16)
-    able = x.is_cuda and find_spec("triton") is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    able = x.is_cuda and has_triton() and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return "fused" if able and half and fits else "packed"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is a Triton for NVIDIA's GPUs that the kernels can be written in: 3.4 or later."""
+    return find_spec("triton") is not None and find_spec("triton.language.extra.cuda.gdc") is not None
 
 
 def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:

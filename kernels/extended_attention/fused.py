@@ -1,8 +1,9 @@
 """Extended attention in Triton: two launches a layer, work proportional to the kept keys, no host synchronisation.
 
-`pack` moves every anchor's kept keys and values together and leaves their number on the device. `attend` streams an
-image's own keys, then the packed keys of each anchor it reads, through one online softmax (FlashAttention-2, Dao 2023).
-The launches do not depend on what the masks hold, so a CUDA graph can replay them.
+`pack` moves the anchors' kept keys and values together and leaves their number on the device. `attend` streams an
+image's own keys, then the packed keys of the anchors it reads, through one online softmax (FlashAttention-2, Dao 2023).
+The launches do not depend on what the masks hold, so a CUDA graph can replay them. From Hopper on they overlap:
+`attend` waits for `pack` once it is done with the own keys.
 """
 
 # mypy: allow-untyped-defs
@@ -15,31 +16,43 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 class Packed(NamedTuple):
-    """The kept keys and values of every anchor [G, A, H, P, d], their regions [A, P], and their number int32 [A]."""
+    """The kept keys and values, anchor after anchor [G, H, A P, d], and their regions int32 [A P].
+
+    end: int32 [A], where those of each anchor end. Rows beyond the last end are undefined.
+    """
 
     k: Tensor
     v: Tensor
     region: Tensor | None
-    length: Tensor
+    end: Tensor
 
 
 class Tile(NamedTuple):
-    """Queries and keys of one block, and the resources of the program that holds it."""
+    """Queries and keys of one block, and the resources of the program that holds it; registers: at most, a thread."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def tile_for(dtype: torch.dtype) -> Tile:
-    """The fastest of the blocks that `bench/kernels.py --tiles` compares on an H100; float32 has registers for less."""
+def tile_for(dtype: torch.dtype, width: int, hopper: bool) -> Tile:
+    """The fastest of the blocks that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
     if dtype == torch.float32:
         return Tile(queries=64, keys=16, warps=8, stages=2)
+    if hopper and width <= 64:  # four programs a multiprocessor
+        return Tile(queries=64, keys=64, warps=4, stages=3, registers=128)
     return Tile(queries=128, keys=64, warps=8, stages=3)
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Or later: its matrix units read shared memory, and a launch can begin before the one before it has ended."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def extended_attention(
@@ -59,34 +72,38 @@ def extended_attention(
     The result is laid out [G, N, P, H, d], so that joining its heads is a view.
     """
     query_region, key_region = regions or (None, None)
-    packed = pack(anchor_k, anchor_v, key_mask, key_region)
-    return attend(q, k, v, packed, share, q_blend, query_region, tile)
+    overlap = is_hopper(q) and len(key_mask) > 0
+    packed = pack(anchor_k, anchor_v, key_mask, key_region, overlap=overlap)
+    return attend(q, k, v, packed, share, q_blend, query_region, tile, overlap=overlap)
 
 
-def pack(anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, key_region: Tensor | None = None) -> Packed:
-    """Move the kept rows of every anchor to its front, in order.
+def pack(
+    anchor_k: Tensor, anchor_v: Tensor, key_mask: Tensor, key_region: Tensor | None = None, *, overlap: bool = False
+) -> Packed:
+    """Move the kept rows of all anchors together, in order.
 
     anchor_k, _v    [G, A, H, P, d]
     key_mask        bool [A, P]
     key_region      int32 [A, P], or None
-    returns         rows defined up to each anchor's length
+    overlap         let the next launch begin before this one has ended
+    returns         rows defined up to the last anchor's end
     """
     halves, anchors, heads, patches, head_size = anchor_k.shape
-    packed_k, packed_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v))
-    packed_region = None if key_region is None else key_region.new_empty(key_region.shape)
-    length = torch.empty(anchors, dtype=torch.int32, device=anchor_k.device)
+    packed_k, packed_v = (x.new_empty(halves, heads, anchors * patches, head_size) for x in (anchor_k, anchor_v))
+    packed_region = None if key_region is None else key_region.new_empty(anchors * patches)
+    end = torch.empty(anchors, dtype=torch.int32, device=anchor_k.device)
     width = triton.next_power_of_2(head_size)
     rows = pack_rows(width, anchor_k.dtype)
     if anchors:
         grid = (triton.cdiv(patches, rows), heads, halves * anchors)
         pack_kernel[grid](
             anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.contiguous().view(torch.uint8),
-            length if key_region is None else key_region.contiguous(),
-            packed_k, packed_v, length if packed_region is None else packed_region, length, anchors, heads, patches,
-            REGIONS=key_region is not None, HEAD_SIZE=head_size, WIDTH=width, ROWS=rows,
+            end if key_region is None else key_region.contiguous(),
+            packed_k, packed_v, end if packed_region is None else packed_region, end, anchors, heads, patches,
+            OVERLAP=overlap, REGIONS=key_region is not None, HEAD_SIZE=head_size, WIDTH=width, ROWS=rows,
             MASK_SIZE=triton.next_power_of_2(patches), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return Packed(packed_k, packed_v, packed_region, length)
+    return Packed(packed_k, packed_v, packed_region, end)
 
 
 def pack_rows(width: int, dtype: torch.dtype) -> int:
@@ -103,25 +120,28 @@ def attend(
     q_blend: tuple[Tensor, float] | None = None,
     query_region: Tensor | None = None,
     tile: Tile | None = None,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d].
 
-    query_region: int32 [N, P], if regions were packed.
+    query_region: int32 [N, P], if regions were packed; overlap: begin before the launch before this one, which has to
+    be that of `pack`, has ended.
     """
     halves, images, heads, patches, head_size = q.shape
     width = triton.next_power_of_2(head_size)
-    tile = tile or tile_for(q.dtype)
+    tile = tile or tile_for(q.dtype, width, is_hopper(q))
     q_vanilla, weight = q_blend if q_blend is not None else (q, 0.0)
-    packed_region = packed.region if query_region is not None else packed.length
+    packed_region = packed.region if query_region is not None else packed.end
     out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
     attend_kernel[(triton.cdiv(patches, tile.queries), heads, halves * images)](
         q, q.stride(), q_vanilla, q_vanilla.stride(), k, k.stride(), v, v.stride(),
-        packed.k, packed.v, packed_region, packed.length, share.contiguous().view(torch.uint8),
-        packed.length if query_region is None else query_region.contiguous(), out, out.stride(),
-        weight, log2(torch.e) / head_size**0.5, images, share.shape[1], heads, patches,
-        BLEND=q_blend is not None, REGIONS=query_region is not None, HEAD_SIZE=head_size, WIDTH=width,
+        packed.k, packed.v, packed_region, packed.end, share.contiguous().view(torch.uint8),
+        packed.end if query_region is None else query_region.contiguous(), out, out.stride(),
+        weight, log2(torch.e) / head_size**0.5, halves, images, share.shape[1], heads, patches,
+        OVERLAP=overlap, BLEND=q_blend is not None, REGIONS=query_region is not None, HEAD_SIZE=head_size, WIDTH=width,
         QUERIES=tile.queries, KEYS=tile.keys,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -146,12 +166,23 @@ def load_rows(ptr, stride, row, rows, ALL: tl.constexpr, HEAD_SIZE: tl.constexpr
 
 
 @triton.jit
+def store_rows(ptr, stride, row, rows, x, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """x [R, WIDTH] to the given rows, as far as they exist."""
+    column = tl.arange(0, WIDTH)
+    address = ptr + row[:, None] * stride + column[None, :]
+    tl.store(address, x.to(ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < HEAD_SIZE)[None, :])
+
+
+@triton.jit
 def pack_kernel(
     k_ptr, k_strides, v_ptr, v_strides, mask_ptr, region_ptr,
-    packed_k_ptr, packed_v_ptr, packed_region_ptr, length_ptr, anchors, heads, patches,
-    REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK_SIZE: tl.constexpr,
+    packed_k_ptr, packed_v_ptr, packed_region_ptr, end_ptr, anchors, heads, patches,
+    OVERLAP: tl.constexpr, REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    MASK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows, a head, a half and anchor. mask uint8 [A, P]."""
+    if OVERLAP:
+        gdc_launch_dependents()
     block, head = tl.program_id(0), tl.program_id(1)
     half, anchor = tl.program_id(2) // anchors, tl.program_id(2) % anchors
 
@@ -159,17 +190,19 @@ def pack_kernel(
     patch = tl.arange(0, MASK_SIZE)
     before = tl.load(mask_ptr + anchor * patches + patch, mask=patch < block * ROWS, other=0).to(tl.int32)
     row = block * ROWS + tl.arange(0, ROWS)
+    for earlier in range(anchor):
+        before += tl.load(mask_ptr + earlier * patches + patch, mask=patch < patches, other=0).to(tl.int32)
     kept = tl.load(mask_ptr + anchor * patches + row, mask=row < patches, other=0).to(tl.int32)
     end = tl.sum(before) + tl.cumsum(kept)
     if block == tl.num_programs(0) - 1 and half + head == 0:
-        tl.store(length_ptr + anchor, tl.max(end))
+        tl.store(end_ptr + anchor, tl.max(end))
     if REGIONS and half + head == 0:
         region = tl.load(region_ptr + anchor * patches + row, mask=kept != 0)
-        tl.store(packed_region_ptr + anchor * patches + end - kept, region, mask=kept != 0)
+        tl.store(packed_region_ptr + end - kept, region, mask=kept != 0)
 
     column = tl.arange(0, WIDTH)
     copied = (kept != 0)[:, None] & (column < HEAD_SIZE)[None, :]
-    first_row = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches
+    first_row = (half * heads + head).to(tl.int64) * anchors * patches
     place = (first_row + end - kept)[:, None] * HEAD_SIZE + column[None, :]
     k = tl.load(
         k_ptr + offset(k_strides, half, anchor, head) + row[:, None] * k_strides[3] + column[None, :], mask=copied
@@ -234,24 +267,28 @@ def stream(
 @triton.jit
 def attend_kernel(
     q_ptr, q_strides, vanilla_ptr, vanilla_strides, k_ptr, k_strides, v_ptr, v_strides,
-    packed_k_ptr, packed_v_ptr, packed_region_ptr, length_ptr, share_ptr, region_ptr, out_ptr, out_strides,
-    weight, scale, images, anchors, heads, patches,
-    BLEND: tl.constexpr, REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    packed_k_ptr, packed_v_ptr, packed_region_ptr, end_ptr, share_ptr, region_ptr, out_ptr, out_strides,
+    weight, scale, halves, images, anchors, heads, patches,
+    OVERLAP: tl.constexpr, BLEND: tl.constexpr, REGIONS: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries, a head, a half and image. share uint8 [N, A]; scale = log2(e) / sqrt(d)."""
     block, head = tl.program_id(0), tl.program_id(1)
-    half, image = tl.program_id(2) // images, tl.program_id(2) % images
+    # The last images first: anchors read fewer keys than the others, and short programs fill gaps at the end.
+    half, image = tl.program_id(2) % halves, images - 1 - tl.program_id(2) // halves
 
     row = block * QUERIES + tl.arange(0, QUERIES)
     q = load_rows(q_ptr + offset(q_strides, half, image, head), q_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
+    out = out_ptr + offset(out_strides, half, image, head)
     if BLEND:
         vanilla_ptr += offset(vanilla_strides, half, image, head)
         q_vanilla = load_rows(vanilla_ptr, vanilla_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
         q = ((1 - weight) * q + weight * q_vanilla).to(q.dtype)
-    query_region = row
-    if REGIONS:
-        query_region = tl.load(region_ptr + image * patches + row, mask=row < patches, other=0)
+        # Through memory, in the rows of the result that are this program's own: blended queries that come straight from
+        # registers would stay there, and fewer programs fit on a multiprocessor.
+        store_rows(out, out_strides[3], row, patches, q, HEAD_SIZE, WIDTH)
+        tl.debug_barrier()
+        q = load_rows(out, out_strides[3], row, patches, False, HEAD_SIZE, WIDTH)
 
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     norm = tl.zeros([QUERIES], tl.float32)
@@ -259,19 +296,30 @@ def attend_kernel(
     own_k = k_ptr + offset(k_strides, half, image, head)
     own_v = v_ptr + offset(v_strides, half, image, head)
     acc, norm, m = stream(
-        q, query_region, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], region_ptr, patches, scale,
+        q, row, acc, norm, m, own_k, k_strides[3], own_v, v_strides[3], region_ptr, patches, scale,
         False, HEAD_SIZE, WIDTH, KEYS,
     )  # fmt: skip
-    for anchor in range(anchors):
-        reads = tl.load(share_ptr + image * anchors + anchor) != 0
-        length = tl.load(length_ptr + anchor, mask=reads, other=0)
-        first = ((half * anchors + anchor) * heads + head).to(tl.int64) * patches * HEAD_SIZE
-        acc, norm, m = stream(
-            q, query_region, acc, norm, m, packed_k_ptr + first, HEAD_SIZE, packed_v_ptr + first, HEAD_SIZE,
-            packed_region_ptr + anchor * patches, length, scale, REGIONS, HEAD_SIZE, WIDTH, KEYS,
-        )  # fmt: skip
 
-    column = tl.arange(0, WIDTH)
-    address = out_ptr + offset(out_strides, half, image, head) + row[:, None] * out_strides[3] + column[None, :]
-    out = acc / norm[:, None]
-    tl.store(address, out.to(out_ptr.dtype.element_ty), mask=(row < patches)[:, None] & (column < HEAD_SIZE)[None, :])
+    if OVERLAP:
+        gdc_wait()
+    query_region = row
+    if REGIONS:
+        query_region = tl.load(region_ptr + image * patches + row, mask=row < patches, other=0)
+    # Anchors that follow one another and are all read are one stretch of keys.
+    packed_k_ptr += (half * heads + head).to(tl.int64) * anchors * patches * HEAD_SIZE
+    packed_v_ptr += (half * heads + head).to(tl.int64) * anchors * patches * HEAD_SIZE
+    begin = 0
+    for anchor in range(anchors):
+        end = tl.load(end_ptr + anchor)
+        reads = tl.load(share_ptr + image * anchors + anchor) != 0
+        goes_on = tl.load(share_ptr + image * anchors + anchor + 1, mask=anchor + 1 < anchors, other=0) != 0
+        if not reads:
+            begin = end
+        if not goes_on:
+            acc, norm, m = stream(
+                q, query_region, acc, norm, m, packed_k_ptr + begin * HEAD_SIZE, HEAD_SIZE,
+                packed_v_ptr + begin * HEAD_SIZE, HEAD_SIZE, packed_region_ptr + begin, end - begin, scale,
+                REGIONS, HEAD_SIZE, WIDTH, KEYS,
+            )  # fmt: skip
+
+    store_rows(out, out_strides[3], row, patches, acc / norm[:, None], HEAD_SIZE, WIDTH)
