@@ -2,7 +2,7 @@
 
 `pack` moves the anchors' kept keys and values together and leaves their number on the device. `attend` streams an
 image's own keys, then the packed keys of the anchors it reads, through one online softmax (FlashAttention-2, Dao 2023).
-The launches do not depend on what the masks hold, so a CUDA graph can replay them. From Hopper on they overlap:
+The launches do not depend on what the masks hold, so a CUDA graph can replay them. On Hopper they overlap:
 `attend` waits for `pack` once it is done with the own keys.
 """
 
@@ -41,18 +41,22 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-def tile_for(dtype: torch.dtype, width: int, hopper: bool) -> Tile:
+def tile_for(dtype: torch.dtype, head_size: int, hopper: bool) -> Tile:
     """The fastest of the blocks that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
     if dtype == torch.float32:
         return Tile(queries=64, keys=16, warps=8, stages=2)
-    if hopper and width <= 64:  # four programs a multiprocessor
-        return Tile(queries=64, keys=64, warps=4, stages=3, registers=128)
-    return Tile(queries=128, keys=64, warps=8, stages=3)
+    if not hopper:
+        return Tile(queries=128, keys=64, warps=8, stages=3)
+    if head_size > 64:
+        return Tile(queries=64, keys=64, warps=4, stages=3)
+    if head_size != triton.next_power_of_2(head_size):
+        return Tile(queries=128, keys=64, warps=8, stages=3, registers=128)
+    return Tile(queries=64, keys=64, warps=4, stages=3, registers=128)  # four programs a multiprocessor
 
 
 def is_hopper(x: Tensor) -> bool:
-    """Or later: its matrix units read shared memory, and a launch can begin before the one before it has ended."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """An H100 or H200: matrix units read shared memory, and a launch can begin before the one before it has ended."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def extended_attention(
@@ -130,7 +134,7 @@ def attend(
     """
     halves, images, heads, patches, head_size = q.shape
     width = triton.next_power_of_2(head_size)
-    tile = tile or tile_for(q.dtype, width, is_hopper(q))
+    tile = tile or tile_for(q.dtype, head_size, is_hopper(q))
     q_vanilla, weight = q_blend if q_blend is not None else (q, 0.0)
     packed_region = packed.region if query_region is not None else packed.end
     out = q.new_empty(halves, images, patches, heads, head_size).transpose(2, 3)
