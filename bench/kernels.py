@@ -4,6 +4,7 @@
     python bench/kernels.py --operator match      # one of them
     python bench/kernels.py --quick               # the smallest shape of each, few rounds: does everything run?
     python bench/kernels.py --tiles               # on a GPU: which blocks suit attention best, what options cost
+    ncu ... python bench/kernels.py --profile     # on a GPU: attention alone, for a profiler (see bench/gpu.sh)
 
 A table on screen; JSON and a plot in bench/results/, or in the folder of `--out`. Every contender is compared with
 float32 before it is timed: one that is off by more than its precision allows gets no time. "floor" is what the user
@@ -49,6 +50,9 @@ class Shape:
     dropout: float = 0.5
     anchors: int = 2
     halves: int = 2
+
+
+LAYERS = (Shape(images=4, patches=1024, heads=20), Shape(images=4, patches=4096, heads=10))  # SDXL's, of four images
 
 
 @dataclass
@@ -296,7 +300,7 @@ def plot(rows: list[Row], facts: dict[str, str], path: Path) -> None:
     attention_rows = [row for row in rows if row.operator == "extended_attention" and row.seconds]
     floors = {_key(row): row.seconds for row in attention_rows if row.contender == "floor"}
     patches = sorted({row.shape["patches"] for row in attention_rows})
-    figure, axes = pyplot.subplots(len(patches), 2, figsize=(11, 4 * len(patches)), squeeze=False)
+    figure, axes = pyplot.subplots(len(patches), 2, figsize=(11, 4 * len(patches)), squeeze=False, layout="constrained")
     for line, p in enumerate(patches):
         for column, (label, varies) in enumerate(
             (("images", _by_images), ("kept share of an anchor's keys", _by_kept))
@@ -311,9 +315,8 @@ def plot(rows: list[Row], facts: dict[str, str], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), "o-", label=contender) if points else None
             axis.set(xlabel=label, ylabel="time / plain self-attention", title=f"P = {p}", yscale="log")
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
@@ -337,11 +340,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="times every contender runs: 20 on a GPU, 5 on a CPU")
     parser.add_argument("--quick", action="store_true", help="the smallest shape only; writes no results")
     parser.add_argument("--tiles", action="store_true", help="compare block sizes of the attention kernel, and stop")
+    parser.add_argument("--profile", action="store_true", help="run the attention kernel, twice a layer, and stop")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     arguments = parser.parse_args()
     device = arguments.device
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
     rounds = arguments.rounds or (20 if device == "cuda" else 5)
+
+    if arguments.profile:
+        for shape in LAYERS:
+            problem = attention(shape, device, dtype)
+            for _ in range(2):
+                CONTENDERS["extended_attention"]["fused"](problem)()
+        return
 
     facts = machine(device) | {"precision": str(dtype).removeprefix("torch.")}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -357,7 +368,7 @@ def main() -> None:
             results.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
 
     if arguments.tiles:
-        for shape in (Shape(4, 1024, 20), Shape(4, 4096, 10), Shape(4, 1024, 16, 40), Shape(4, 1024, 10, 128)):
+        for shape in (*LAYERS, Shape(4, 1024, 16, 40), Shape(4, 1024, 10, 128)):
             report(best_tiles(shape, device, dtype, rounds))
         return
     for operator in arguments.operator:

@@ -125,7 +125,7 @@ def batch_masked_sdpa(a: Attention) -> Call:
 
 
 def image_loop(a: Attention) -> Call:
-    """What one would write first: for every image, gather its keys and attend."""
+    """What one would write first: for every image, find its keys, which waits for the GPU, gather them, and attend."""
 
     def call() -> Tensor:
         out = torch.empty_like(a.q)

@@ -2,7 +2,6 @@
 
 import os
 from functools import cache
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -30,8 +29,12 @@ def pick_backend(x: Tensor, backend: Backend | None = None, *, fits: bool = True
 
 @cache
 def has_triton() -> bool:
-    """Whether there is a Triton for NVIDIA's GPUs that the kernels can be written in: 3.4 or later."""
-    return find_spec("triton") is not None and find_spec("triton.language.extra.cuda.gdc") is not None
+    """Whether there is a Triton that can compile the kernels: 3.4 or later, for NVIDIA's GPUs."""
+    try:
+        from triton.language.extra.cuda import gdc_wait  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from consistory.kernels.backends import pick_backend
+from consistory.kernels.backends import has_triton, pick_backend
 from consistory.kernels.correspondence import match
 from consistory.kernels.cross_attention import cross_attention
 from consistory.kernels.extended_attention import extended_attention
@@ -58,6 +59,12 @@ def test_fused_needs_an_ampere(monkeypatch: pytest.MonkeyPatch, capability: tupl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x: Any = SimpleNamespace(dtype=torch.float16, is_cuda=True, device=torch.device("cuda:0"))
     assert pick_backend(x) == backend
+
+
+def test_a_triton_that_is_too_old_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 3.4 there is no programmatic dependent launch, before 3.3 a kernel cannot take a tuple."""
+    monkeypatch.setitem(sys.modules, "triton.language.extra.cuda", None)
+    assert not has_triton.__wrapped__()
 
 
 def test_fused_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

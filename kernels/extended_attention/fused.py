@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 class Packed(NamedTuple):
@@ -42,7 +41,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(dtype: torch.dtype, head_size: int, hopper: bool) -> Tile:
-    """The fastest of the blocks that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
+    """The best of the blocks that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
     if dtype == torch.float32:
         return Tile(queries=64, keys=16, warps=8, stages=2)
     if not hopper:
@@ -151,6 +150,20 @@ def attend(
 
 
 @triton.jit
+def let_next_launch_begin():
+    """Once every program has come here. (Triton 3.4 has a function for it that does not compile.)"""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_for_last_launch():
+    """Until it has ended and what it wrote can be read."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def offset(strides, half, image, head):
     """Where a [G, N, H, P, d] tensor holds the rows of one head; 64 bit, as it may hold more than 2^31 values."""
     return half.to(tl.int64) * strides[0] + image.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
@@ -186,7 +199,7 @@ def pack_kernel(
 ):  # fmt: skip
     """One program a block of rows, a head, a half and anchor. mask uint8 [A, P]."""
     if OVERLAP:
-        gdc_launch_dependents()
+        let_next_launch_begin()
     block, head = tl.program_id(0), tl.program_id(1)
     half, anchor = tl.program_id(2) // anchors, tl.program_id(2) % anchors
 
@@ -305,7 +318,7 @@ def attend_kernel(
     )  # fmt: skip
 
     if OVERLAP:
-        gdc_wait()
+        wait_for_last_launch()
     query_region = row
     if REGIONS:
         query_region = tl.load(region_ptr + image * patches + row, mask=row < patches, other=0)
