@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Real
 from operator import index
 
 import numpy as np
@@ -19,9 +20,11 @@ MOST_SEPARATE = 31  # subjects: the bits of an int32 but its sign
 
 def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> list[str]:
     """ "{style} {subject} {setting}" for every setting. Raises ConsistoryError without a subject or a setting."""
+    check_texts("subject", [subject])
+    check_texts("style", [style])
     if not subject.strip():
         raise ConsistoryError('no subject is given: say what all pictures show, such as "a cat"')
-    check_list("settings", settings)
+    check_texts("settings", settings or [])
     if not settings:
         raise ConsistoryError('no setting is given: name one for each picture, such as "on the beach"')
     return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
@@ -39,15 +42,33 @@ def check_list(name: str, value: Sequence[object]) -> None:
         raise ConsistoryError(f"{name} is the single string {value!r}: give a list of them")
 
 
+def check_texts(name: str, value: Sequence[object]) -> None:
+    """Raises ConsistoryError unless it is a list of strings."""
+    check_list(name, value)
+    for text in value:
+        if not isinstance(text, str):
+            raise ConsistoryError(f"{name}: {text!r} is not a string: put it in quotes, or leave it out")
+
+
+def check_whole(name: str, number: int) -> int:
+    """The number, NumPy's or another library's as Python's. Raises ConsistoryError for one of a type with fractions."""
+    try:
+        return index(number)
+    except TypeError:
+        raise ConsistoryError(f"{name} is {number!r}: give a whole number") from None
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raises ConsistoryError unless there are 1 to 100 prompts, in a list."""
-    check_list("prompts", prompts)
+    check_texts("prompts", prompts)
     if not 1 <= len(prompts) <= 100:
         raise ConsistoryError(f"{len(prompts)} prompts are given: a story has 1 to 100 pictures")
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ConsistoryError for noise of another shape than [N, 4, h, w] of the story, or that is not finite."""
+    if not isinstance(latents, Tensor):
+        raise ConsistoryError(f"latents are a {type(latents).__name__}: give a tensor {list(shape)}")
     if latents.shape != shape:
         raise ConsistoryError(f"latents are {list(latents.shape)}: these prompts at this size need {list(shape)}")
     if not latents.isfinite().all():
@@ -64,13 +85,19 @@ def check_finite(what: str, x: Tensor, dtype: torch.dtype) -> None:
 
 def check_chunk(chunk: int | None) -> None:
     """Raises ConsistoryError for chunks without pictures."""
-    if chunk is not None and chunk < 1:
+    if chunk is None:
+        return
+    check_whole("chunk", chunk)
+    if chunk < 1:
         raise ConsistoryError(f"chunks of {chunk} pictures are too small: use 1 or more")
 
 
 def check_tile(tile: int | None) -> None:
     """Raises ConsistoryError for a tile without rows."""
-    if tile is not None and tile < 1:
+    if tile is None:
+        return
+    check_whole("tile", tile)
+    if tile < 1:
         raise ConsistoryError(f"tiles of {tile} rows are too small: use 1 or more, commonly 32")
 
 
@@ -78,6 +105,7 @@ def check_anchors(anchors: int | None, images: int) -> int:
     """The number of anchors; 2 by default, or 1 for a single picture. Raises ConsistoryError if it does not fit."""
     if anchors is None:
         return min(2, images)
+    anchors = check_whole("anchors", anchors)
     if not 1 <= anchors <= images:
         raise ConsistoryError(f"{anchors} anchors do not fit {images} pictures: use 1 to {images}")
     return anchors
@@ -91,27 +119,32 @@ def check_choice(pictures: Sequence[int], images: int) -> list[int]:
     return chosen
 
 
-def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> None:
-    """Raises ConsistoryError for a number of steps or a guidance that cannot be sampled with."""
+def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> tuple[int, float]:
+    """Both, as Python's numbers. Raises ConsistoryError for a number of steps or a guidance not to be sampled with."""
+    steps = check_whole("steps", steps)
     most = schedule.train_steps - schedule.offset
     if not 1 <= steps <= most:
         raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
-    if not np.isfinite(guidance):
-        raise ConsistoryError(f"guidance {guidance} is not a number to sample with: use about 5")
+    if not isinstance(guidance, Real) or not np.isfinite(guidance):
+        raise ConsistoryError(f"guidance {guidance!r} is not a number to sample with: use about 5")
+    return steps, float(guidance)
 
 
 def check_negative(negative_prompt: str | None, guidance: float) -> None:
-    """Raises ConsistoryError for a negative prompt that would do nothing."""
+    """Raises ConsistoryError for a negative prompt that is no string, or would do nothing."""
+    check_texts("negative_prompt", [negative_prompt or ""])
     if negative_prompt and guidance <= 1:
         raise ConsistoryError(
             f"a negative prompt does nothing at guidance {guidance:g}: leave it out, or use a guidance above 1"
         )
 
 
-def check_clip_skip(clip_skip: int, layers: int) -> None:
-    """Raises ConsistoryError for more layers to skip than the smaller text encoder has, besides its last."""
+def check_clip_skip(clip_skip: int | None, layers: int) -> int:
+    """0 for None. Raises ConsistoryError for more layers than the smaller text encoder has besides its last."""
+    clip_skip = check_whole("clip_skip", clip_skip or 0)
     if not 0 <= clip_skip < layers:
         raise ConsistoryError(f"clip_skip {clip_skip} is out of range: use 0 to {layers - 1}, commonly 0 or 1")
+    return clip_skip
 
 
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
@@ -168,7 +201,7 @@ def find_concept(subject: str) -> str:
 
 def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
     """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
-    check_list("concepts", concepts or [])
+    check_texts("concepts", concepts or [])
     needed = config.masking and config.uses_anchors
     if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
         raise ConsistoryError(

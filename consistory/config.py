@@ -298,8 +298,8 @@ class ConsistoryConfig:
         if self.query_blend is not None:
             shares |= {f"query_blend.{name}": value for name, value in vars(self.query_blend).items()}
         for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ConsistoryError(f"{name} is {value}: use a number from 0 to 1")
+            if not isinstance(value, float | int) or not 0 <= value <= 1:  # NumPy's could not be saved with a story
+                raise ConsistoryError(f"{name} is {value!r}: use a number from 0 to 1, one of Python's own")
         first, last = self.injection_window
         if not 0 <= first <= last <= 1:
             raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")

@@ -31,6 +31,7 @@ from .arguments import (
     check_prompts,
     check_sampling,
     check_tile,
+    check_whole,
     choose_concepts,
     compose_prompts,
     expand_seeds,
@@ -307,17 +308,17 @@ class ConsiStory:
 
         Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
         """
-        config = config or (ConsistoryConfig.control() if controls else ConsistoryConfig())
+        if config is None:
+            config = ConsistoryConfig.control() if controls else ConsistoryConfig()
         check_either(settings, style, prompts)
         prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
         check_prompts(prompts)
         prompts, images = list(prompts), len(prompts)
         height, width = self._check_size(height, width)
         anchors = check_anchors(anchors, images)
-        check_sampling(steps, self.schedule, guidance)
+        steps, guidance = check_sampling(steps, self.schedule, guidance)
         check_negative(negative_prompt, guidance)
-        clip_skip = clip_skip or 0
-        check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
+        clip_skip = check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
         seeds = expand_seeds(seed, images)
         concepts = choose_concepts(concepts, subject, config)
         shape = self.latent_shape(height, width)
@@ -429,7 +430,6 @@ class ConsiStory:
         Raises ConsistoryError if a photo cannot be read or the arguments do not fit together or do not fit the model.
         """
         config = config or ConsistoryConfig.photos()
-        photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
         check_photos(images)
         if prompts is None:
             prompts = compose_prompts(subject, [""] * len(images), style)
@@ -437,8 +437,9 @@ class ConsiStory:
         if len(prompts) != len(images):
             raise ConsistoryError(f"{len(prompts)} prompts are given for {len(images)} photos: give one for each")
         height, width = self._check_size(height, width)
-        for value in (guidance, photo_guidance):
-            check_sampling(steps, self.schedule, value)
+        steps, photo_guidance = check_sampling(steps, self.schedule, photo_guidance)
+        steps, guidance = check_sampling(steps, self.schedule, guidance)
+        photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
         check_negative(negative_prompt, guidance)
         seeds = expand_seeds(seed, len(images))
         concepts = choose_concepts([concept] if isinstance(concept, str) else concept, subject, config)
@@ -539,7 +540,8 @@ class ConsiStory:
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.unet.config.sample_size * self.vae.config.stride
         multiple = self.vae.config.stride * 2 ** (len(self.unet.config.widths) - 1)
-        height, width = (native if side is None else side for side in (height, width))
+        height = check_whole("height", native if height is None else height)
+        width = check_whole("width", native if width is None else width)
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise ConsistoryError(
                 f"size {width}x{height} does not fit the model: use positive multiples of {multiple} pixels"

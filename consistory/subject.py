@@ -111,8 +111,9 @@ class Subject:
         """
         recipe = self.recipe
         check_either(settings, "", prompts)
-        prompts = list(prompts) if prompts is not None else compose_prompts(recipe.subject, settings, recipe.style)
+        prompts = compose_prompts(recipe.subject, settings, recipe.style) if prompts is None else prompts
         check_prompts(prompts)
+        prompts = list(prompts)
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
         shape = self.pipe.latent_shape(recipe.height, recipe.width)
         noise = initial_noise(seeds, shape) if latents is None else latents

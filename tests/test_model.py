@@ -14,7 +14,7 @@ from parity import randn
 from safetensors.torch import load_file, save_file
 from single_file import to_original
 
-from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
+from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, QueryBlend, ddim
 from consistory.arguments import (
     check_anchors,
     check_sampling,
@@ -134,6 +134,17 @@ def test_accepted_steps_can_be_sampled(pipe: ConsiStory, steps: int) -> None:
     assert 0 <= min(timesteps) <= max(timesteps) < pipe.schedule.train_steps
 
 
+def test_numbers_may_be_numpys(pipe: ConsiStory, tmp_path: Path) -> None:
+    """What is saved after all the work is JSON, which has Python's numbers alone."""
+    numbers = {"steps": np.int64(2), "width": np.int32(32), "anchors": np.int64(1), "seed": np.int64(3)}
+    numbers |= {"guidance": np.float32(5), "clip_skip": np.int8(1), "chunk": np.int64(1)}
+    story = pipe(**(QUICK | numbers))
+    story.save(tmp_path / "story")
+    story.subject.save(tmp_path / "subject")
+    settings = json.loads((tmp_path / "story" / "story.json").read_text())
+    assert {name: settings[name] for name in ("steps", "width", "guidance")} == {"steps": 2, "width": 32, "guidance": 5}
+
+
 # --- what cannot be done ----------------------------------------------------------------------------------------------
 
 
@@ -164,6 +175,22 @@ def test_accepted_steps_can_be_sampled(pipe: ConsiStory, steps: int) -> None:
         ({"guidance": 1, "negative_prompt": "blur"}, "does nothing at guidance 1: leave it out"),
         ({"clip_skip": -1}, "clip_skip -1.*0 to 2"),
         ({"clip_skip": 3}, "clip_skip 3.*0 to 2"),
+        ({"prompts": "a dog"}, "prompts is the single string 'a dog': give a list"),
+        ({"prompts": [*PROMPTS, None]}, "prompts: None is not a string"),
+        ({"prompts": None, "subject": "a dog", "settings": [3]}, "settings: 3 is not a string"),
+        ({"prompts": None, "subject": None, "settings": ["at sea"]}, "subject: None is not a string"),
+        ({"concepts": [b"dog"]}, "concepts: b'dog' is not a string"),
+        ({"negative_prompt": ["blur"]}, r"negative_prompt: \['blur'\] is not a string"),
+        ({"steps": 4.0}, "steps is 4.0: give a whole number"),
+        ({"steps": None}, "steps is None: give a whole number"),
+        ({"guidance": "5"}, "guidance '5' is not a number"),
+        ({"guidance": None}, "guidance None is not a number"),
+        ({"width": 64.0}, "width is 64.0: give a whole number"),
+        ({"height": "64"}, "height is '64': give a whole number"),
+        ({"anchors": 1.5}, "anchors is 1.5: give a whole number"),
+        ({"chunk": 1.0}, "chunk is 1.0: give a whole number"),
+        ({"clip_skip": 1.0}, "clip_skip is 1.0: give a whole number"),
+        ({"latents": [0.0]}, r"latents are a list: give a tensor \[2, 4, 8, 4\]"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -171,6 +198,26 @@ def test_bad_arguments(pipe: ConsiStory, arguments: dict[str, Any], says: str) -
     with pytest.raises(ConsistoryError, match=says) as error:
         pipe(**(QUICK | arguments))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"dropout": 1.5}, "dropout is 1.5: use a number from 0 to 1"),
+        ({"dropout": "0.5"}, "dropout is '0.5': use a number"),
+        ({"alpha": None}, "alpha is None: use a number"),
+        ({"alpha": np.float32(0.8)}, "one of Python's own"),
+        ({"query_blend": QueryBlend(fraction=-0.1)}, "query_blend.fraction is -0.1"),
+        ({"injection_window": (0.5, 0.2)}, "two rising fractions"),
+        ({"separate_subjects": True, "masking": False}, "use masking=True"),
+        ({"first_pass": "half"}, '"dift" or "full"'),
+        ({"mask_history": 0}, "mask_history is 0: use 1 or more"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConsistoryError, match=says):
+        ConsistoryConfig(**settings)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", ""])

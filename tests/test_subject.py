@@ -448,7 +448,8 @@ def test_files_that_are_no_subject(pipe: ConsiStory, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [({"settings": []}, "setting"), ({"settings": ["in space"], "chunk": 0}, "chunk"),
-     ({"prompts": ["a cat"]}, "dog"), ({"settings": ["in space"], "seed": [1, 2]}, "seeds"),
+     ({"prompts": ["a cat"]}, "dog"), ({"prompts": "a dog"}, "single string"),
+     ({"settings": ["in space"], "seed": [1, 2]}, "seeds"),
      ({"settings": ["in space"], "latents": torch.zeros(2, 4, 16, 16)}, "latents are")],
 )  # fmt: skip
 def test_arguments_that_do_not_fit(anchors: Story, arguments: dict, says: str) -> None:
