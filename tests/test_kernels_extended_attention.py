@@ -326,3 +326,17 @@ def test_nothing_waits_for_the_gpu_and_a_graph_can_replay_it(backend: Backend) -
     graph.replay()
     expected = extended_attention(q, k, v, key_mask, share, backend="reference")
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-2)
+
+
+@needs_gpu
+def test_a_launch_that_begins_early_reads_finished_inputs() -> None:
+    """Everything the call reads is written by launches right before it, again and again, and nobody waits."""
+    case = Case(G=2, N=4, A=2, H=10, P=1024, d=64)
+    q, k, v = case.tensors(torch.float16)
+    key_mask, share = case.masks(0.1)
+    rounds = []
+    for factor in torch.linspace(0.5, 1.5, 20).tolist():
+        arguments = q * factor, k * factor, v * factor, key_mask.roll(int(100 * factor), dims=1), share.clone()
+        rounds.append((arguments, extended_attention(*arguments, backend="fused")))
+    for arguments, out in rounds:
+        torch.testing.assert_close(out, extended_attention(*arguments, backend="packed"), atol=2e-3, rtol=2e-2)
