@@ -63,7 +63,7 @@ def test_fused_needs_an_ampere(monkeypatch: pytest.MonkeyPatch, capability: tupl
 
 def test_a_triton_that_is_too_old_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 3.4 there is no programmatic dependent launch, before 3.3 a kernel cannot take a tuple."""
-    monkeypatch.setitem(sys.modules, "triton.language.extra.cuda", None)
+    monkeypatch.setitem(sys.modules, "triton.language.extra.cuda.gdc", None)
     assert not has_triton.__wrapped__()
 
 
