@@ -344,6 +344,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     arguments = parser.parse_args()
     device = arguments.device
+    if device == "cpu" and (arguments.tiles or arguments.profile):
+        parser.error("--tiles and --profile look at the Triton kernel: they need a GPU")
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
     rounds = arguments.rounds or (20 if device == "cuda" else 5)
 
