@@ -136,14 +136,22 @@ def _occurrences(pieces: list[int], prompt: Encoding) -> list[int]:
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], Merges]:
-    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        model = read_json(folder / "tokenizer.json")["model"]
-        return model["vocab"], [tuple(merge) for merge in model["merges"]]
+    """Raises ConsistoryError if a file is missing or damaged."""
     path = folder / "merges.txt"
-    vocabulary = read_json(folder / "vocab.json")
     try:
+        if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+            path = folder / "tokenizer.json"
+            model = read_json(path)["model"]
+            return model["vocab"], [_merge(merge) for merge in model["merges"]]
+        vocabulary = read_json(folder / "vocab.json")
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConsistoryError(f"cannot read {path} ({error.strerror}): download it again") from None
-    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-    return vocabulary, [(left, right) for left, right in pairs]
+        return vocabulary, [_merge(line) for line in lines if line and not line.startswith("#version")]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ConsistoryError(f"cannot read {path} ({reason}): download it again") from None
+
+
+def _merge(pieces: str | list[str]) -> tuple[str, str]:
+    """Two pieces that are joined: a list, or one string, as `merges.txt` and older `tokenizer.json` files have them."""
+    left, right = pieces.split() if isinstance(pieces, str) else pieces
+    return left, right

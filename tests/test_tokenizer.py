@@ -170,6 +170,36 @@ def test_a_folder_without_a_vocabulary(small_folder: Path, tmp_path: Path) -> No
             Tokenizer.from_folder(tmp_path / file)
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("merges.txt", b"#version: 0.2\nc a\nca"),
+        ("merges.txt", b"\xff\xfec a"),
+        ("tokenizer.json", b'{"version": "1.0"}'),
+        ("tokenizer.json", b'{"model": {"vocab": {}, "merges": [["c"]]}}'),
+        ("tokenizer.json", b'{"model": {"vocab": {}, "merges": 5}}'),
+    ],
+)
+def test_a_damaged_vocabulary(name: str, content: bytes, small_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    if name == "tokenizer.json":
+        (tmp_path / "vocab.json").unlink()
+    with pytest.raises(ConsistoryError, match=f"cannot read .*{name}.*download it again") as error:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_merges_may_be_single_strings(small_folder: Path, tmp_path: Path) -> None:
+    """As in a `tokenizer.json` of transformers before 4.45."""
+    vocabulary = json.loads((small_folder / "vocab.json").read_text("utf-8"))
+    merges = (small_folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary, "merges": merges}}), "utf-8")
+    shutil.copy(small_folder / "tokenizer_config.json", tmp_path)
+    prompts = ["a cat on a dog", "dog"]
+    assert Tokenizer.from_folder(tmp_path).encode(prompts).equal(Tokenizer.from_folder(small_folder).encode(prompts))
+
+
 def test_a_vocabulary_that_is_not_clips(small_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "vocab.json").write_text('{"<s>": 0, "</s>": 1}')
