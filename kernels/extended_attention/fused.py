@@ -317,6 +317,8 @@ def attend_kernel(
         False, HEAD_SIZE, WIDTH, KEYS,
     )  # fmt: skip
 
+    # So far only what was there before `pack`, an ordinary launch that began when all before it had ended. Copies of
+    # the arguments below may be younger.
     if OVERLAP:
         wait_for_last_launch()
     query_region = row
