@@ -6,6 +6,10 @@ from setuptools import find_packages, setup
 # would overwrite others of the same name.
 HOUSE = {"consistory": "consistory", "consistory.kernels": "kernels", "consistory.weights": "weights"}
 
+# Needed where there is no GPU, to interpret and to compile the kernels. PyTorch's builds for CUDA bring it, each in a
+# version of its own; they run without it, too.
+TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
+
 setup(
     name="consistory",
     version="0.1.0",
@@ -35,7 +39,6 @@ setup(
         "tokenizers>=0.15",
         "numpy>=1.24",
         "einops>=0.7",
-        "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
         "cli": ["pillow>=9", "tqdm>=4.60"],
@@ -43,8 +46,9 @@ setup(
         "test": [
             "pytest>=7", "ruff", "mypy", "setuptools>=77", "pillow>=9", "tqdm>=4.60", "pyyaml>=6",
             "diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.12", "scikit-image>=0.22",
+            TRITON,
         ],
-        "bench": ["matplotlib>=3.7", "pillow>=9", "tqdm>=4.60"],
+        "bench": ["matplotlib>=3.7", "pillow>=9", "tqdm>=4.60", TRITON],
     },
     entry_points={"console_scripts": ["consistory = consistory.cli:main"]},
 )

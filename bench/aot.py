@@ -28,6 +28,9 @@ from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Instructions: products of matrices, exponentials, copies to shared memory, and the two of overlapping launches, "the
+# next may begin" and "wait for the last".
+COUNTED = ("HGMMA", "HMMA", "MUFU", "FFMA", "LDGSTS", "PREEXIT", "ACQBULK")
 STRIDES = ("i32",) * 4 + ("constexpr",)  # of a [G, N, H, P, d] tensor: the last is 1
 
 
@@ -183,7 +186,6 @@ def inject(dtype: torch.dtype) -> Specimen:
             "source_image_ptr": "*i64",
             "mask_ptr": "*u8",
             "alpha": "fp32",
-            "anchors": "i32",
             "patches": "i32",
             "channels": "i32",
         },
@@ -240,7 +242,7 @@ def compile_for(arch: int, specimen: Specimen) -> Resources:
         stack=int(_group(r"STACK:(\d+)", usage)),
         spills=mix["STL"] + mix["LDL"],
         shared=built.metadata.shared,
-        instructions={op: mix[op] for op in ("HGMMA", "HMMA", "MUFU", "FFMA", "LDGSTS") if mix[op]},
+        instructions={op: mix[op] for op in COUNTED if mix[op]},
     )
 
 

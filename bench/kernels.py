@@ -334,7 +334,10 @@ def _by_kept(row: Row) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operator", choices=OPERATORS, nargs="+", default=list(OPERATORS))
+    parser.add_argument(
+        "--operator", choices=OPERATORS, nargs="+", default=list(OPERATORS),
+        help="these only; saved only with --out, since the file of all would lose the others",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="float16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, help="times every contender runs: 20 on a GPU, 5 on a CPU")
@@ -360,12 +363,14 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     results = arguments.out / f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}.json"
     rows: list[Row] = []
+    some = set(arguments.operator) < set(OPERATORS)
+    saved = not arguments.quick and not (some and arguments.out == RESULTS)
 
     def report(new: list[Row]) -> None:
         """Saved row by row: a run that is cut short keeps what it has measured."""
         show(new)
         rows.extend(new)
-        if not arguments.quick:
+        if saved:
             results.parent.mkdir(parents=True, exist_ok=True)
             results.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
 
@@ -376,7 +381,7 @@ def main() -> None:
     for operator in arguments.operator:
         for shape in shapes(device, arguments.quick, OPERATORS[operator].masked):
             report(race(operator, shape, device, dtype, rounds))
-        if operator == "extended_attention" and not arguments.quick:
+        if operator == "extended_attention" and saved:
             plot(rows, facts, results.with_suffix(".png"))
 
 

@@ -62,11 +62,11 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "text_encoder_2": lambda c: TextEncoder(TextConfig.from_json(c)),
 }
 
-# Three steps that are like any of fifty: a plain one; one that blends vanilla queries, in both passes, and injects in
-# the second; and one that does neither while the first pass's state is kept. A story of 50 has 47 more cross-attention
-# maps, 4 KiB each a picture.
-STEPS = 3
-CONFIG = ConsistoryConfig(query_blend=QueryBlend(fraction=1 / 3), injection_window=(1 / 3, 1 / 3))
+# Four steps that are like any of fifty: a plain one; two that blend vanilla queries, the latter in both passes, and in
+# the second it injects, too; and one that does neither while the first pass's state is kept. A story of 50 has 46 more
+# cross-attention maps, 4 KiB each a picture.
+STEPS = 4
+CONFIG = ConsistoryConfig(query_blend=QueryBlend(fraction=1 / 2), injection_window=(1 / 2, 1 / 2))
 
 
 @dataclass(frozen=True)

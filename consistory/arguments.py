@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
 
@@ -24,7 +24,7 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
     check_texts("style", [style])
     if not subject.strip():
         raise ConsistoryError('no subject is given: say what all pictures show, such as "a cat"')
-    check_texts("settings", settings or [])
+    settings = check_texts("settings", settings)
     if not settings:
         raise ConsistoryError('no setting is given: name one for each picture, such as "on the beach"')
     return [" ".join(part.strip() for part in (style, subject, setting) if part.strip()) for setting in settings]
@@ -32,22 +32,27 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
 
 def check_either(settings: Sequence[str], style: str, prompts: Sequence[str] | None) -> None:
     """Raises ConsistoryError for whole prompts beside parts that prompts are composed of."""
-    if prompts is not None and (settings or style):
+    if prompts is not None and (check_texts("settings", settings) or style):
         raise ConsistoryError("prompts are given beside settings or a style, which would go unused: give either")
 
 
-def check_list(name: str, value: Sequence[object]) -> None:
+def check_list(name: str, value: Iterable[object] | None) -> None:
     """Raises ConsistoryError for a single string, whose letters would otherwise be taken for a list."""
     if isinstance(value, str):
         raise ConsistoryError(f"{name} is the single string {value!r}: give a list of them")
 
 
-def check_texts(name: str, value: Sequence[object]) -> None:
-    """Raises ConsistoryError unless it is a list of strings."""
+def check_texts(name: str, value: Iterable[object] | None) -> list[str]:
+    """Them, as a list; none for None. Raises ConsistoryError unless all are strings, and of Unicode."""
     check_list(name, value)
-    for text in value:
+    texts = []
+    for text in () if value is None else value:
         if not isinstance(text, str):
             raise ConsistoryError(f"{name}: {text!r} is not a string: put it in quotes, or leave it out")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python reads bytes that are not UTF-8
+            raise ConsistoryError(f"{name}: {text!r} is not UTF-8: save or type it in that encoding")
+        texts.append(text)
+    return texts
 
 
 def check_whole(name: str, number: int) -> int:
@@ -56,6 +61,13 @@ def check_whole(name: str, number: int) -> int:
         return index(number)
     except TypeError:
         raise ConsistoryError(f"{name} is {number!r}: give a whole number") from None
+
+
+def check_number(name: str, number: float) -> float:
+    """The number, NumPy's or another library's as Python's. Raises ConsistoryError for what is none."""
+    if not isinstance(number, Real):
+        raise ConsistoryError(f"{name} is {number!r}: give a number")
+    return float(number)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -69,6 +81,8 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ConsistoryError for noise of another shape than [N, 4, h, w] of the story, or that is not finite."""
     if not isinstance(latents, Tensor):
         raise ConsistoryError(f"latents are a {type(latents).__name__}: give a tensor {list(shape)}")
+    if not latents.is_floating_point():
+        raise ConsistoryError(f"latents are {latents.dtype}: give standard normal noise, in floating point")
     if latents.shape != shape:
         raise ConsistoryError(f"latents are {list(latents.shape)}: these prompts at this size need {list(shape)}")
     if not latents.isfinite().all():
@@ -201,15 +215,15 @@ def find_concept(subject: str) -> str:
 
 def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
     """Those given, or the subject's noun where the method needs one. Raises ConsistoryError if it lacks one."""
-    check_texts("concepts", concepts or [])
+    concepts = check_texts("concepts", concepts)
     needed = config.masking and config.uses_anchors
-    if needed and config.separate_subjects and not 2 <= len(concepts or []) <= MOST_SEPARATE:
+    if needed and config.separate_subjects and not 2 <= len(concepts) <= MOST_SEPARATE:
         raise ConsistoryError(
-            f"{len(concepts or [])} concepts are given: to keep subjects separate, name each of them, "
+            f"{len(concepts)} concepts are given: to keep subjects separate, name each of them, "
             f"2 to {MOST_SEPARATE}, as a concept of its own"
         )
     if concepts or not needed:
-        return list(concepts or [])
+        return concepts
     if not subject:
         raise ConsistoryError("no concept is given: name the word that stands for the subject in every prompt")
     return [find_concept(subject)]

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from consistory.weights.errors import ConsistoryError
 
 from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
-from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, every_picture, read_picture
+from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, check_record, every_picture, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
     from .controlnet import Control, ControlNet
@@ -73,6 +74,9 @@ PRESETS: dict[str, Callable[[], ConsistoryConfig]] = {
     "paper": ConsistoryConfig.paper,
     "vanilla": ConsistoryConfig.vanilla,
 }
+
+# What plain RuntimeErrors say where there is no torch.OutOfMemoryError: on MPS and on the CPU.
+OUT_OF_MEMORY = re.compile(r"MPS backend out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
 EXTEND = """\
@@ -177,6 +181,7 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
     def check_and_make(**callbacks: Any) -> Story:
         if ranks.rank == 0:
             check_can_save(args.out)
+            check_record(args.out, page=trace is not None)
             if subject_file is not None:
                 check_can_save(subject_file.absolute().parent)
                 if subject_file.is_dir():
@@ -231,6 +236,8 @@ def extend(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and the subject, and draw more of it. Raises ConsistoryError as `draw` does."""
     from .subject import Subject
 
+    if not args.subject.exists():  # before the model is loaded for nothing
+        raise ConsistoryError(f"there is no file {args.subject}: check the name")
     pictures = read_controls(args)
     with told_if_out_of_memory():
         pipe = load(args, ranks)
@@ -269,6 +276,8 @@ def evaluate(args: argparse.Namespace) -> str:
 
 def personalize(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
     """Load the model and draw the subject of photos. Raises ConsistoryError as `draw` does."""
+    for photo in args.photos:  # what cannot be read is told before the model is loaded for nothing
+        read_picture(photo)
     with told_if_out_of_memory():
         subject = load(args, ranks).personalize(
             args.photos,
@@ -295,7 +304,9 @@ def told_if_out_of_memory() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
         raise ConsistoryError(
             "out of memory: draw fewer or smaller pictures, or fewer at a time (--chunk 1), or use --offload or "
             "--dtype float16"
@@ -369,9 +380,11 @@ def make_controls(
 def method(args: argparse.Namespace) -> ConsistoryConfig:
     """The preset, changed as other options say."""
     config = PRESETS[args.preset]()
-    if args.preset == "default" and hasattr(args, "photos"):
-        config = ConsistoryConfig.photos()
-    dropout = CONTROL_DROPOUT if getattr(args, "control", None) and args.dropout is None else args.dropout
+    dropout = args.dropout
+    if dropout is None and getattr(args, "control", None):
+        dropout = CONTROL_DROPOUT
+    elif dropout is None and hasattr(args, "photos"):
+        dropout = ConsistoryConfig.photos().dropout
     if dropout is not None:
         config = replace(config, dropout=dropout)
     if args.separate_subjects:
@@ -631,7 +644,7 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
         help="a CLIP model as transformers saves it, such as openai/clip-vit-large-patch14, downloaded (default: no "
         "scores)",
     )
-    add_output(parser, "evaluation")
+    add_output(parser, "evaluation", "of the sets' folders and the scores")
     add_model(parser)
     add_sampling(parser)
     add_anchors(add_method(parser))
@@ -642,9 +655,14 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def add_output(parser: argparse.ArgumentParser, folder: str = "story") -> argparse._ArgumentGroup:
+def add_output(
+    parser: argparse.ArgumentParser, folder: str = "story",
+    holds: str = "of the pictures; those of another story there are replaced",
+) -> argparse._ArgumentGroup:  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, default=Path(folder), help=f"default: {folder}")
+    output.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path(folder), help=f"{holds} (default: {folder})"
+    )
     output.add_argument("--quiet", action="store_true", help="no progress bar and no last lines")
     return output
 

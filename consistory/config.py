@@ -14,7 +14,13 @@ CONTROL_DROPOUT = 0.7  # the paper's mask dropout where ControlNet steers
 
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if not all(isinstance(each, int) for each in values):
+        raise ConsistoryError(
+            f"the checkpoint's UNet is not uniform within a level ({list(values)}), as those of SSD-1B and Vega: "
+            "use a model of SDXL's own shape"
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, d: Json) -> UNetConfig:
-        """From the `config.json` of diffusers' UNet2DConditionModel."""
+        """From the `config.json` of diffusers' UNet2DConditionModel.
+
+        Raises ConsistoryError for a UNet whose blocks differ within a level.
+        """
         levels = len(d["block_out_channels"])
         return cls(
             channels=d["in_channels"],
@@ -188,6 +197,16 @@ class ScheduleConfig:
         Raises ConsistoryError for a schedule that is neither SDXL's nor a v-prediction variant of it.
         """
         prediction, betas = d.get("prediction_type", "epsilon"), d.get("beta_schedule", "scaled_linear")
+        if not {"num_train_timesteps", "beta_start", "beta_end"} <= d.keys():
+            raise ConsistoryError(
+                f"the checkpoint's schedule ({d.get('_class_name', 'unnamed')}) has no betas, unlike SDXL's: "
+                "use another checkpoint"
+            )
+        if prediction == "epsilon" and d.get("rescale_betas_zero_snr"):
+            raise ConsistoryError(
+                "the checkpoint's schedule starts at pure noise (rescale_betas_zero_snr), where epsilon tells nothing "
+                "of the picture: use a checkpoint that predicts v"
+            )
         if prediction not in ("epsilon", "v_prediction") or betas != "scaled_linear":
             raise ConsistoryError(
                 f"the checkpoint's schedule (beta_schedule {betas}, prediction_type {prediction}) is not SDXL's: "
@@ -207,6 +226,7 @@ class ScheduleConfig:
     def spaced(self, spacing: str | None) -> ScheduleConfig:
         """With "leading" or "trailing" timesteps; None leaves them as they are.
 
+        Those asked to be trailing end without noise, as Euler's sampling does, which distilled checkpoints are for.
         Raises ConsistoryError for another spacing, and where leading ones would leave out the pure noise.
         """
         if spacing is None:
@@ -215,7 +235,9 @@ class ScheduleConfig:
             raise ConsistoryError(f'spacing is {spacing!r}: use "leading" or "trailing"')
         if spacing == "leading" and self.zero_terminal_snr:
             raise ConsistoryError("the checkpoint's sampling has to start at pure noise: use trailing spacing")
-        return replace(self, trailing=spacing == "trailing")
+        if spacing == "leading":
+            return replace(self, trailing=False)
+        return replace(self, trailing=True, final_alpha_one=True)
 
 
 @dataclass(frozen=True)
@@ -260,6 +282,10 @@ class PhotoConfig:
             raise ConsistoryError(f'method is {self.method!r}: use "inversion" or "noise"')
 
 
+def _fields(name: str, part: QueryBlend | FreeU | None) -> dict[str, float]:
+    return {} if part is None else {f"{name}.{field}": value for field, value in vars(part).items()}
+
+
 @dataclass(frozen=True)
 class ConsistoryConfig:
     """The method's settings; the defaults are the published values (paper §4 and App. A).
@@ -274,7 +300,8 @@ class ConsistoryConfig:
     alpha: weight of the injected feature (eq. 6).
     injection_window: first and last injection step as fractions of the number of steps; both ends inclusive.
     dift_timestep: where DIFT features are taken (§4.3).
-    first_pass: "dift" stops the first pass once it has its DIFT features, "full" runs it to the end.
+    first_pass: "dift" stops the first pass once it has its DIFT features, but not before injection starts; "full" runs
+        it to the end.
     mask_history: recorded steps that a mask averages over, or None for all so far.
     freeu: FreeU factors, or None.
     """
@@ -293,16 +320,26 @@ class ConsistoryConfig:
     freeu: FreeU | None = None
 
     def __post_init__(self) -> None:
-        """Raises ConsistoryError for a value out of range."""
-        shares = {"dropout": self.dropout, "alpha": self.alpha}
-        if self.query_blend is not None:
-            shares |= {f"query_blend.{name}": value for name, value in vars(self.query_blend).items()}
-        for name, value in shares.items():
-            if not isinstance(value, float | int) or not 0 <= value <= 1:  # NumPy's could not be saved with a story
-                raise ConsistoryError(f"{name} is {value!r}: use a number from 0 to 1, one of Python's own")
+        """Raises ConsistoryError for a value out of range, or of another type: it could not be saved with a story."""
+        for name in ("sdsa", "masking", "separate_subjects", "injection"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConsistoryError(f"{name} is {getattr(self, name)!r}: use True or False")
+        if not isinstance(self.injection_window, tuple | list) or len(self.injection_window) != 2:
+            raise ConsistoryError(f"injection_window is {self.injection_window}: use two fractions of the steps")
         first, last = self.injection_window
         if not 0 <= first <= last <= 1:
             raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
+        shares = {"dropout": self.dropout, "alpha": self.alpha, "injection_window": first, "its end": last}
+        shares |= _fields("query_blend", self.query_blend)
+        for name, value in shares.items():
+            if not isinstance(value, float | int) or not 0 <= value <= 1:
+                raise ConsistoryError(f"{name} is {value!r}: use a number from 0 to 1, one of Python's own")
+        for name, value in _fields("freeu", self.freeu).items():
+            if not isinstance(value, float | int):
+                raise ConsistoryError(f"{name} is {value!r}: use a number, one of Python's own")
+        for name, whole in (("dift_timestep", self.dift_timestep), ("mask_history", self.mask_history or 0)):
+            if not isinstance(whole, int):
+                raise ConsistoryError(f"{name} is {whole!r}: use a whole number, one of Python's own")
         if self.separate_subjects and not self.masking:
             raise ConsistoryError("separate_subjects needs masks to tell the subjects apart: use masking=True")
         if self.first_pass not in ("dift", "full"):
@@ -328,7 +365,7 @@ class ConsistoryConfig:
 
     @classmethod
     def paper(cls) -> ConsistoryConfig:
-        """As printed: queries blend over the first five of 50 steps, injection acts for t in [680, 900]."""
+        """As printed, for 50 steps: queries blend over the first five, injection acts for t in [680, 900]."""
         return cls(query_blend=QueryBlend(fraction=0.08), injection_window=(0.1, 0.3))
 
     @classmethod

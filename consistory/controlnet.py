@@ -26,7 +26,7 @@ import consistory.weights
 from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import usable_device
+from .arguments import check_number, check_whole, usable_device
 from .attention import AttentionControl
 from .config import ControlNetConfig
 from .unet import Conditioning, Encoded, Encoder, UNet
@@ -170,6 +170,10 @@ class Control:
     only: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weight", "start", "end"):
+            object.__setattr__(self, name, check_number(f"a control's {name}", getattr(self, name)))
+        if self.only is not None:
+            object.__setattr__(self, "only", [check_whole("a picture's number", number) for number in self.only])
         if not math.isfinite(self.weight):
             raise ConsistoryError(f"control weight {self.weight} is not a number to steer with: use about 0.5 to 1")
         if not 0 <= self.start < self.end <= 1:

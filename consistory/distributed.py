@@ -106,7 +106,8 @@ def draw_on_ranks(
         story = draw_on_ranks(pipe, subject="a cat", settings=[...])
         more = draw_on_ranks(story.subject.extend, ["in space", "in a meadow"])
 
-    All ranks give the same arguments, those of `draw`; callbacks hear of the rank's own share.
+    All ranks give the same arguments, those of `draw`; callbacks hear of the rank's own share. A file to `record` to is
+    written by the first rank.
     ranks: by default those of torch's default process group.
     choose: as for a story; the first rank's answer is shared out, so that shares differ by one extra at most.
 
@@ -118,6 +119,8 @@ def draw_on_ranks(
         with default_ranks() as all_ranks:
             return draw_on_ranks(draw, *arguments, ranks=all_ranks, choose=choose, **options)
     rank, size = ranks.rank, ranks.size
+    if rank > 0:
+        options.pop("record", None)
     agreed = False
 
     def choose_share(record: Record) -> Sequence[int]:

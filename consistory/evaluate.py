@@ -34,7 +34,7 @@ from .story import Observer, OnStep, Plan, State
 
 if TYPE_CHECKING:
     from .clip import CLIP
-    from .model import ConsiStory
+    from .model import ConsiStory, Story
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ def evaluate(
 ) -> str:
     """Draw the sets that are not there yet, score all of them, write `evaluation.json`; returns a table to read.
 
+    Without `clip`, scores that are there already stay, but for sets that are drawn anew.
     load: gives the model; called only if there is something to draw.  model, options: its name and how it is loaded
     (dtype, loras, ...), for the record.
     sampling: steps, guidance and what else is the same for every set; as `ConsiStory.__call__` takes them, without
@@ -163,8 +164,10 @@ def evaluate(
     check_can_save(out)
     run = {"model": model, **(options or {}), "seed": seed, **sampling, "config": asdict(config)}
     run = json.loads(json.dumps(run))
+    there: Json = {}
     if (out / RESULTS).exists():
-        check_same_run(out, read_own(out / RESULTS).get("run"), run)
+        there = read_own(out / RESULTS)
+        check_same_run(out, there.get("run"), run)
     missing = [one for one in sets if not is_drawn(one, out / one.folder, one.seeds(seed))]
     if missing:
         pipe = load()
@@ -172,16 +175,24 @@ def evaluate(
             with errors_name(f"set {one.number + 1}"):
                 pipe.token_weights(one.prompts, choose_concepts(one.concepts, one.subject, config))
                 check_anchors(sampling.get("anchors"), len(one.prompts))
-        write_results(out, run, None, [])
     for number, one in enumerate(missing):
 
         def on_part(done: int, total: int, number: int = number) -> None:
             on_step(number * total + done, len(missing) * total)
 
-        draw(pipe, one, out / one.folder, one.seeds(seed), {**sampling, "config": config, "on_step": on_part})
-    rows = [{"folder": one.folder, "prompts": one.prompts} | score(clip, out / one.folder) for one in sets]
-    write_results(out, run, clip, rows)
-    return describe(rows, out, clip)
+        story, masks = draw(pipe, one, one.seeds(seed), {**sampling, "config": config, "on_step": on_part})
+        if not (out / RESULTS).exists():  # the settings bind as soon as there are pictures, and no earlier
+            write_results(out, run, None, [])
+        save(story, masks, out / one.folder)
+    rows: list[Json] = [{"folder": one.folder, "prompts": one.prompts} for one in sets]
+    for one, row in zip(sets, rows, strict=True):
+        if clip is not None:
+            row |= score(clip, out / one.folder)
+        elif one not in missing:
+            row |= old_scores(there, row)
+    name = there.get("clip") if clip is None else clip.name
+    write_results(out, run, name if summarise(rows) else None, rows)
+    return describe(rows, out)
 
 
 def is_drawn(one: PromptSet, folder: Path, seeds: list[int]) -> bool:
@@ -229,14 +240,19 @@ class FinalMask(Observer):
             self.mask = masks[finest].unflatten(1, plan.sizes[finest])
 
 
-def draw(pipe: ConsiStory, one: PromptSet, folder: Path, seeds: list[int], call: Mapping[str, Any]) -> None:
-    """Tell a story and save it, with a mask beside each picture, as large as it: white where the subject is."""
+def draw(pipe: ConsiStory, one: PromptSet, seeds: list[int], call: Mapping[str, Any]) -> tuple[Story, Tensor]:
+    """A story, and its masks."""
     final = FinalMask()
     story = pipe(prompts=one.prompts, concepts=one.concepts, seed=seeds, observer=final, **call)
     assert final.mask is not None
+    return story, final.mask
+
+
+def save(story: Story, masks: Tensor, folder: Path) -> None:
+    """Save a story, with a mask beside each picture, as large as it: white where the subject is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (mask, image) in enumerate(zip(final.mask.cpu().numpy(), story.images, strict=True), 1):
+        for number, (mask, image) in enumerate(zip(masks.cpu().numpy(), story.images, strict=True), 1):
             write_atomically(folder / mask_name(number), encode_png(enlarge(mask, image.shape[:2]) * np.uint8(255), {}))
     except OSError as error:
         raise ConsistoryError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
@@ -258,13 +274,17 @@ def remove_background(image: Pixels, mask: Pixels) -> Pixels:
     return np.where(mask[..., None] > 0, image, np.uint8(GREY)) if mask.any() else image
 
 
-def score(clip: CLIP | None, folder: Path) -> dict[str, float | None]:
+def old_scores(there: Json, row: Json) -> dict[str, float | None]:
+    """What earlier results hold on the pictures of a row, if anything."""
+    same = [old for old in there.get("sets", []) if row.items() <= old.items()]
+    return {key: old[key] for old in same for key in SCORES if key in old}
+
+
+def score(clip: CLIP, folder: Path) -> dict[str, float | None]:
     """Cosines of CLIP's vectors: of picture and prompt, and of two pictures without background; means over the set.
 
     A set of one picture has no pairs.
     """
-    if clip is None:
-        return {}
     record = read_own(folder / RECORD)
     images = [read_png(folder / name) for name in record["files"]]
     masks = [read_png(folder / mask_name(number)) for number in range(1, len(images) + 1)]
@@ -288,8 +308,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
     return summary
 
 
-def write_results(out: Path, run: Json, clip: CLIP | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    results = {"run": run, "clip": clip and clip.name, "scores": summarise(rows), "sets": rows}
+def write_results(out: Path, run: Json, clip: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    results = {"run": run, "clip": clip, "scores": summarise(rows), "sets": rows}
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
@@ -297,9 +317,10 @@ def write_results(out: Path, run: Json, clip: CLIP | None, rows: Sequence[Mappin
         raise ConsistoryError(f"{out} cannot be written ({error.strerror}): choose another folder") from None
 
 
-def describe(rows: Sequence[Mapping[str, Any]], out: Path, clip: CLIP | None) -> str:
+def describe(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """A table: one line for each set, then means and standard errors."""
-    if clip is None:
+    summary = summarise(rows)
+    if not summary:
         return f"{len(rows)} sets are drawn in {out}; they are not scored: give a CLIP model with --clip"
     width = max(len("mean ± standard error"), *(len(row["folder"]) for row in rows))
 
@@ -309,9 +330,8 @@ def describe(rows: Sequence[Mapping[str, Any]], out: Path, clip: CLIP | None) ->
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
 
-    summary = summarise(rows)
     lines = [line("", list(SCORES.values()))]
-    lines += [line(row["folder"], [cell(row[key]) for key in SCORES]) for row in rows]
+    lines += [line(row["folder"], [cell(row.get(key)) for key in SCORES]) for row in rows]
     empty: dict[str, Any] = {"mean": None, "standard_error": None}
     totals = [summary.get(key, empty) for key in SCORES]
     lines.append(

@@ -56,7 +56,7 @@ def save_story(story: Pictures, folder: Path) -> None:
 
     Each PNG has a text chunk "consistory", the run's parameters as JSON; a numbered one also has "prompt" and "seed".
     No file is ever seen half written, and story.json, which names the others, comes last.
-    Raises ConsistoryError if Pillow is missing, the folder cannot be written or a picture of somebody else's is there.
+    Raises ConsistoryError if Pillow is missing, the folder cannot be written or somebody else's file is in the way.
     """
     album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
     album.check_free()
@@ -82,7 +82,7 @@ class Album:
     Whenever the run ends, all PNGs are whole, and story.json is there only if it names pictures that are there, whole,
     and made as it says: the first new picture takes an earlier record away, and `finish` writes the new one last.
     Pictures of another story are overwritten one by one; those past the end of this one go when it is finished.
-    Pictures that are nobody's story are left alone: if one is in the way, the story is not drawn.
+    Pictures that are nobody's story, and another story.json, are left alone: if one is in the way, nothing is drawn.
 
     record: see `describe`; by default what `begin` is given.
     """
@@ -93,20 +93,19 @@ class Album:
     def begin(self, record: Record) -> list[int]:
         """The indices of the pictures that the folder lacks. `record` describes the story.
 
-        Raises ConsistoryError if a picture of another kind is in the way.
+        Raises ConsistoryError if a picture or a record of another kind is in the way.
         """
         self.record = record
         self.check_free()
         return [index for index in every_picture(record) if not self._holds(index)]
 
     def check_free(self) -> None:
-        """Raises ConsistoryError if a whole picture that is not of a story has the name of one to be drawn."""
+        """Raises ConsistoryError if a whole picture or a record that is not of a story is in the way."""
+        check_record(self.folder)
         for name in (*self._names, GRID):
             text = read_text(self.folder / name)
             if text is not None and "consistory" not in text:
-                raise ConsistoryError(
-                    f"{self.folder / name} is not a story's, and would be overwritten: choose another folder"
-                )
+                raise _not_ours(self.folder / name)
 
     def add(self, index: int, image: Pixels) -> None:
         """Write one picture, uint8 [H, W, 3]. Raises ConsistoryError if the folder cannot be written."""
@@ -115,7 +114,7 @@ class Album:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             told = (self.folder / RECORD).exists()  # else a page there is somebody else's
-            for name in (RECORD, GRID, PAGE) if told else (GRID,):
+            for name in (PAGE, RECORD, GRID) if told else (GRID,):
                 (self.folder / name).unlink(missing_ok=True)
             write_atomically(self.folder / self._names[index], data)
         except OSError as error:
@@ -216,6 +215,24 @@ def check_can_save(folder: Path) -> None:
         raise _cannot_write(folder, error) from None
 
 
+def check_record(folder: Path, *, page: bool = False) -> None:
+    """Raises ConsistoryError if a story.json is there that is not a story's; with `page`, also for a story.html that is
+    not beside one that is.
+
+    Records are written whole, so that a damaged one is somebody else's.
+    """
+    if not os.path.lexists(folder / RECORD):
+        if page and os.path.lexists(folder / PAGE):
+            raise _not_ours(folder / PAGE)
+        return
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not {"prompts", "seeds", "files"} <= record.keys():
+        raise _not_ours(folder / RECORD)
+
+
 def make_grid(images: Pixels) -> Pixels:
     """uint8 [N, H, W, 3] -> one picture, uint8 [H', W', 3]: a row of up to five, else as square as can be.
 
@@ -314,6 +331,10 @@ def _pillow() -> ModuleType:
     except ImportError:
         raise ConsistoryError('Pillow, which handles pictures, is missing: pip install "consistory[cli]"') from None
     return PIL
+
+
+def _not_ours(path: Path) -> ConsistoryError:
+    return ConsistoryError(f"{path} is not a story's, and would be overwritten: choose another folder")
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConsistoryError:

@@ -18,6 +18,7 @@ class Injection:
 
     anchor, index: [N, P] the anchor that each patch draws from, and which of its patches.
     mask: bool [N, P] patches that are replaced.  alpha: weight of the injected feature.
+    anchors: how many there are.
     """
 
     anchor: Tensor

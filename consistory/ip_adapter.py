@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
+from .arguments import check_number
 from .attention import PromptKeys, Site, TransformerBlock
 from .clip import ImageEncoder
 from .images import Pixels
@@ -187,6 +188,7 @@ class PicturePrompt:
                 f"[{', '.join(map(str, wanted))}]: give what adapter.read(encoder, picture) returns, with the image "
                 "encoder that the adapter was trained with"
             )
+        weight = check_number("picture weight", weight)
         if not math.isfinite(weight):
             raise ConsistoryError(f"picture weight {weight} is not a number to prompt with: use about 0.5 to 1")
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()

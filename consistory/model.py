@@ -28,6 +28,7 @@ from .arguments import (
     check_latents,
     check_list,
     check_negative,
+    check_number,
     check_prompts,
     check_sampling,
     check_tile,
@@ -46,7 +47,7 @@ from .ip_adapter import IPAdapter, PicturePrompt, cross_attentions
 from .offload import on_device
 from .photos import Photo, check_photos, find_trail, read_photos, with_photos
 from .recording import Recorder
-from .story import Observer, OnStep, Plan, tell
+from .story import Observer, OnStep, Plan, Told, tell
 from .subject import Recipe, Subject, fingerprint, identity
 from .text import TextEncoder
 from .tiling import tiled_decode
@@ -196,6 +197,8 @@ class ConsiStory:
         vae: str | Path | None, loras: LoRAs, offload: bool, tile: int | None,
     ) -> ConsiStory:
         check_tile(tile)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConsistoryError(f"dtype is {dtype!r}: give one of torch's, such as torch.float16")
         home = torch.device("cpu") if offload else device
         unet, autoencoder = parts["unet"][0], parts["vae"][0]
         if unet["in_channels"] != autoencoder["latent_channels"]:
@@ -203,7 +206,11 @@ class ConsiStory:
             raise ConsistoryError(f"{name} is no SDXL base checkpoint ({channels}): it may be one for inpainting")
         check_list("loras", loras)
         pairs = [(one, 1.0) if isinstance(one, (str, Path)) else one for one in loras]
-        merged = tuple(lora.read(Path(path), weight, parts) for path, weight in pairs)
+        if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise ConsistoryError(f"loras are {list(loras)}: give a list of files, or of pairs (file, weight)")
+        merged = tuple(
+            lora.read(Path(path), check_number(f"weight of {path}", weight), parts) for path, weight in pairs
+        )
         parts = lora.merge(parts, merged)
 
         def load(part: str, build: Callable[[Any], Any], dtype: torch.dtype = dtype) -> Any:
@@ -355,20 +362,7 @@ class ConsiStory:
         observer = observer or Observer()
         observer.stage("prompts")
         recipe, anchors = subject.recipe, len(subject.recipe.prompts)
-        cond = self._conditioning(prompts, recipe)
-        steering = tuple(control.steering(cond, recipe.steps) for control in controls)
-        x = latents.to(self.device, torch.float32)
-        with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
-            plan = self.plan(recipe, prompts, cond)
-            plan = replace(
-                plan, recorded=subject.recorded, recorder=recorder, controls=steering, observer=observer
-            )
-            if recipe.photos is not None and subject.photos is not None and recipe.config.uses_anchors:
-                alone = self.plan(recipe, recipe.prompts, cond.of(range(anchors)))
-                trail = find_trail(alone, subject.photos.to(x), recipe.seeds, recipe.photos)
-                plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[anchors:]])
-            told = tell(plan, x, on_step)
-            del plan  # its keys and values of the prompts take memory that decoding may need
+        told = self._tell(subject, prompts, latents, controls, recorder, on_step, observer)
         if subject.recorded is None:
             subject = replace(subject, masks={stride: mask[:anchors] for stride, mask in told.masks.items()})
         chosen = list(places)
@@ -382,6 +376,24 @@ class ConsiStory:
             nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in told.nearest.items()},
             subject=subject,
         )
+
+    def _tell(
+        self, subject: Subject, prompts: list[str], latents: Tensor, controls: Sequence[Control],
+        recorder: Recorder | None, on_step: OnStep, observer: Observer,
+    ) -> Told:
+        """Apart from decoding, which may need the memory that keys and values of the prompts take."""
+        recipe, anchors = subject.recipe, len(subject.recipe.prompts)
+        cond = self._conditioning(prompts, recipe)
+        steering = tuple(control.steering(cond, recipe.steps) for control in controls)
+        x = latents.to(self.device, torch.float32)
+        with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
+            plan = self.plan(recipe, prompts, cond)
+            plan = replace(plan, recorded=subject.recorded, recorder=recorder, controls=steering, observer=observer)
+            if recipe.photos is not None and subject.photos is not None and recipe.config.uses_anchors:
+                alone = self.plan(recipe, recipe.prompts, cond.of(range(anchors)))
+                trail = find_trail(alone, subject.photos.to(x), recipe.seeds, recipe.photos)
+                plan, x = with_photos(plan, trail, recipe.photos), torch.cat([trail.start, x[anchors:]])
+            return tell(plan, x, on_step)
 
     def plan(self, recipe: Recipe, prompts: list[str], cond: Conditioning | None = None) -> Plan:
         """The plan of pictures with these prompts, the recipe's anchors first. cond: theirs, by default made here."""

@@ -78,7 +78,7 @@ def with_photos(plan: Plan, trail: Trail, photos: PhotoConfig) -> Plan:
 
 def check_photos(photos: Sequence[Photo]) -> None:
     """Raises ConsistoryError unless there is at least one photo, in a list, each a path or uint8 [H, W, 3]."""
-    if isinstance(photos, (str, Path, np.ndarray)):
+    if isinstance(photos, (str, Path)) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
         raise ConsistoryError("images are a single photo: give a list of them")
     if not len(photos):
         raise ConsistoryError("no photo is given: give one or more pictures of the subject")

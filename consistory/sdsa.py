@@ -125,7 +125,7 @@ class Consistent(AttentionControl):
     def decoder_features(self, x: Tensor, index: int) -> None:
         """DIFT features are the first decoder block's output for the conditional images."""
         if index == 0:
-            self.dift = x[-self.images :]
+            self.dift = x[-self.images :].clone()  # without the unconditional half
 
 
 def align_keys(keys: Tensor, to: Tensor) -> Tensor:

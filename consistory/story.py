@@ -84,6 +84,10 @@ class Plan:
         return ddim.timesteps(self.schedule, self.steps)
 
     @cached_property
+    def alpha_bars(self) -> Tensor:
+        return ddim.alpha_bars(self.schedule)
+
+    @cached_property
     def sizes(self) -> dict[int, Size]:
         """{stride: height and width in patches} of the attended resolutions, finest first."""
         h, w = self.latent_size
@@ -120,9 +124,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class State:
-    """Between two steps: `step` is the next one, x [N, 4, h, w] its input, cross_maps one [N, P, K] per past step.
+    """Between two steps: `step` is the next one, x [N, 4, h, w] its input.
 
-    dift: [N, C, h, w] features of the step just made; None before the first.
+    cross_maps: one [N, P, K] for each past step that a mask averages over.
+    dift: [N, C, h, w] features of the step just made, if that was `Plan.dift_step`.
     vanilla: the next step's vanilla queries, filled in that step. Both passes go through the state where injection
         starts, and the second finds them there.
     """
@@ -164,14 +169,13 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
         on_step(state.step, total)
         if state.step == branch:
             resume = state
-        if state.step == plan.dift_step + 1:
+        if state.dift is not None:
             dift = state.dift
     regions = current_regions(plan, state)
     masks = {s: region.any(dim=1) for s, region in regions.items()}
 
     # Correspondence (§4.3)
     plan.observer.stage("correspondence")
-    assert dift is not None
     nearest = correspondences(plan, dift, regions)
     finest = plan.unet.strides[0]
     injection = plan_injection(nearest[finest], masks[finest], plan.config.alpha)
@@ -185,23 +189,29 @@ def tell(plan: Plan, x: Tensor, on_step: OnStep = lambda done, total: None) -> T
 
 def denoise(plan: Plan, state: State, stop: int, injection: Injection | None = None) -> Iterator[State]:
     """Steps from `state` up to step `stop`, exclusive; yields the state after each."""
-    alpha_bars = ddim.alpha_bars(plan.schedule)
     while state.step < stop:
-        t = plan.timesteps[state.step]
-        active = injection if state.step in plan.injection_steps else None
-        output, control = guided_output(plan, state, active, call=(1 if injection is None else 2, state.step))
-        alpha_bar_next = ddim.alpha_bar_after(plan.schedule, plan.steps, t)
-        x = ddim.step(state.x, output, alpha_bars[t], alpha_bar_next, plan.schedule.prediction)
-        if plan.follow is not None:
-            anchors = plan.follow(state.step, state.x[: plan.anchors], output[: plan.anchors])
-            x = torch.cat([anchors, x[plan.anchors :]])
-        cross_maps = state.cross_maps
-        if control.cross_maps:
-            history = plan.config.mask_history or plan.steps
-            cross_maps = [*cross_maps, average_maps(control.cross_maps)][-history:]
-        before, state = state, State(state.step + 1, x, cross_maps, control.dift)
-        plan.observer.step(plan, before, state, output)
+        state = advance(plan, state, injection)
         yield state
+
+
+def advance(plan: Plan, state: State, injection: Injection | None) -> State:
+    """One step. A function of its own, so that its large tensors, vanilla queries above all, end with it."""
+    t = plan.timesteps[state.step]
+    active = injection if state.step in plan.injection_steps else None
+    output, control = guided_output(plan, state, active, call=(1 if injection is None else 2, state.step))
+    alpha_bar, alpha_bar_next = plan.alpha_bars[t], ddim.alpha_bar_after(plan.schedule, plan.steps, t)
+    x = ddim.step(state.x, output, alpha_bar, alpha_bar_next, plan.schedule.prediction)
+    if plan.follow is not None:
+        anchors = plan.follow(state.step, state.x[: plan.anchors], output[: plan.anchors])
+        x = torch.cat([anchors, x[plan.anchors :]])
+    cross_maps = state.cross_maps
+    if control.cross_maps:
+        history = plan.config.mask_history or plan.steps
+        cross_maps = [*cross_maps, average_maps(control.cross_maps)][-history:]
+    dift = control.dift if state.step == plan.dift_step else None
+    after = State(state.step + 1, x, cross_maps, dift)
+    plan.observer.step(plan, state, after, output)
+    return after
 
 
 def guided_output(plan: Plan, state: State, injection: Injection | None, call: Call) -> tuple[Tensor, Consistent]:
@@ -234,10 +244,10 @@ def plan_sharing(plan: Plan, state: State, recorded: RecordedCall | None) -> Sha
     """Who reads what at this step. Step 0 has no mask yet and is plain."""
     if not plan.config.sdsa or state.step == 0:
         return None
-    regions = current_regions(plan, state)
     if recorded is not None:
-        key_masks = recorded.key_masks
+        regions, key_masks = {}, recorded.key_masks
     else:
+        regions = current_regions(plan, state)
         key_masks = {s: r[: plan.anchors].any(dim=1) & plan.kept_keys[s][state.step] for s, r in regions.items()}
     weight = blend_weight(plan.config, state.step, plan.steps)
     vanilla = None if weight is None else (state.vanilla, weight)

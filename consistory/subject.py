@@ -111,6 +111,8 @@ class Subject:
         """
         recipe = self.recipe
         check_either(settings, "", prompts)
+        if prompts is None and not recipe.subject:
+            raise ConsistoryError("this subject was drawn from whole prompts: extend it with prompts=[...] from Python")
         prompts = compose_prompts(recipe.subject, settings, recipe.style) if prompts is None else prompts
         check_prompts(prompts)
         prompts = list(prompts)
@@ -118,6 +120,7 @@ class Subject:
         shape = self.pipe.latent_shape(recipe.height, recipe.width)
         noise = initial_noise(seeds, shape) if latents is None else latents
         check_latents(noise, (len(prompts), *shape))
+        noise = noise.float()  # as the anchors', which must not be rounded to it
         check_chunk(chunk)
         check_controls(
             controls, len(prompts), recipe.steps, self.pipe.unet, self.pipe.vae.config.stride, self.pipe.device
@@ -166,6 +169,8 @@ class Subject:
                 on_picture=lambda place, image: on_picture(batch[place] - first, image), observer=observer,
             )  # fmt: skip
 
+        if record is not None and not batches:  # no picture is missing, but the recording is
+            return pipe.no_pictures(self.record(record, on_step=on_step), settings)
         parts = [pipe.no_pictures(self, settings)]
         for number in range(len(batches)):
             if record is not None and number == 0:
@@ -192,7 +197,8 @@ class Subject:
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
             "fingerprint": pipe.fingerprint, "latents": digest(*outright) if outright else None,
             "anchor_prompts": recipe.prompts, "anchor_seeds": recipe.seeds,
-            "controls": [control.settings() for control in controls], "photos": photos,
+            "controls": [control.settings() | {"fingerprint": fingerprint(control.net)} for control in controls],
+            "photos": photos,
             "picture": None if pipe.picture is None else pipe.picture.settings,
         }
 

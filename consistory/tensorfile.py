@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ class TensorFile:
         with _reported(self.path):
             if self.path.is_dir():
                 raise IsADirectoryError(0, "it is a folder")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._part.open("wb")
             self._file.seek(8 + self._room)
 
@@ -76,8 +78,15 @@ class TensorFile:
                         self._finish()
                 if kind is None:
                     os.replace(self._part, self.path)
+                    self._remove_leftovers()
         finally:
             self._part.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Parts of this file that killed runs left: for SDXL gigabytes."""
+        for path in self.path.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(self.path.name)}\.\d+\.part", path.name):
+                path.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         for name, mask in self._masks.items():

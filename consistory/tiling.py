@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consistory.kernels.precision import at_least_float32
+
 from .blocks import ResBlock
 from .vae import VAE, Stage
 
@@ -104,7 +106,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 def statistics(norm: nn.GroupNorm, x: Tensor) -> Statistics:
-    values = x.float().reshape(norm.num_groups, -1)
+    values = at_least_float32(x).reshape(norm.num_groups, -1)
     var, mean = torch.var_mean(values, dim=1, correction=0)
     return Statistics(mean, var, values.shape[1])
 
@@ -114,7 +116,7 @@ def pool(parts: Iterable[Statistics]) -> Statistics:
     found = list(parts)
     count = sum(part.count for part in found)
     mean, var = torch.stack([part.mean for part in found]), torch.stack([part.var for part in found])
-    share = torch.tensor([part.count / count for part in found], device=mean.device)[:, None]
+    share = mean.new_tensor([part.count / count for part in found])[:, None]
     whole = (share * mean).sum(dim=0)
     return Statistics(whole, (share * (var + (mean - whole) ** 2)).sum(dim=0), count)
 
@@ -122,4 +124,5 @@ def pool(parts: Iterable[Statistics]) -> Statistics:
 def normalise(norm: nn.GroupNorm, x: Tensor, found: Statistics) -> Tensor:
     """A group norm whose statistics are given is a batch norm in evaluation mode."""
     mean, var = (each.repeat_interleave(norm.num_channels // norm.num_groups) for each in (found.mean, found.var))
-    return F.batch_norm(x.float(), mean, var, norm.weight.float(), norm.bias.float(), eps=norm.eps).to(x.dtype)
+    weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
+    return F.batch_norm(at_least_float32(x), mean, var, weight, bias, eps=norm.eps).to(x.dtype)

@@ -182,7 +182,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """Predicts the noise eps in latents x at timestep t."""
+    """Predicts the noise eps in latents x at timestep t, or v where the checkpoint was trained for that."""
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
@@ -213,7 +213,7 @@ class UNet(Encoder):
         return len(self.up_blocks) - self.config.attended.index(True)
 
     def decode(self, state: Encoded, control: AttentionControl, freeu: FreeU | None = None) -> Tensor:
-        """The predicted noise [B, 4, h, w]."""
+        """The prediction [B, 4, h, w]."""
         x = self.decode_blocks(len(self.up_blocks), state, control, freeu)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -238,6 +238,6 @@ class UNet(Encoder):
         self, x: Tensor, t: Tensor | int, cond: Conditioning, control: AttentionControl | None = None,
         freeu: FreeU | None = None,
     ) -> Tensor:
-        """One whole call: x [B, 4, h, w] at timestep t -> eps [B, 4, h, w]."""
+        """One whole call: x [B, 4, h, w] at timestep t -> the prediction [B, 4, h, w]."""
         control = control or AttentionControl()
         return self.decode(self.encode(x, t, cond, control), control, freeu)

@@ -43,3 +43,8 @@ def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:
     for name, (x, shape) in tensors.items():
         if x.shape != shape:
             raise ValueError(f"{name} is {list(x.shape)}: beside the other tensors, it has to be {list(shape)}")
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """x, copied where the values along its last axis do not follow one another in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()

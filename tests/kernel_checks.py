@@ -41,6 +41,11 @@ def draw_mask(shape: tuple[int, ...], share: float, seed: int) -> Tensor:
     return (torch.rand(shape, generator=generator(seed)) < share).to(DEVICE)
 
 
+def swapped_in_memory(x: Tensor, *axes: int) -> Tensor:
+    """x as it is, with two axes in each other's place in memory."""
+    return x.transpose(*axes).contiguous().transpose(*axes)
+
+
 def error(out: Tensor, exact: Tensor) -> float:
     """Relative error, in the root mean square. NaN wherever the output is."""
     return ((out.double() - exact).norm() / exact.norm()).item()

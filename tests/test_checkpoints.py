@@ -240,3 +240,5 @@ def test_a_lora_that_overflows_is_not_silent(golden_weights: Path, style: Path) 
 def test_a_lora_in_place_of_a_list(golden_weights: Path) -> None:
     with pytest.raises(ConsistoryError, match=r"loras is the single string 'style.safetensors': give a list"):
         ConsiStory.from_pretrained(golden_weights, loras="style.safetensors")
+    with pytest.raises(ConsistoryError, match="give a list of files, or of pairs"):
+        ConsiStory.from_pretrained(golden_weights, loras=("style.safetensors", 0.8))

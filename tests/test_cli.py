@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from consistory import ConsiStory, ConsistoryConfig, FreeU, QueryBlend
-from consistory.cli import file_and_weight, main, parse_evaluate, parse_extend
+from consistory.cli import file_and_weight, main, method, parse_evaluate, parse_extend, parse_personalize
 
 Capture = pytest.CaptureFixture[str]
 CAT = ["a cat", "--settings", "on the beach", "in the snow"]
@@ -128,6 +128,17 @@ def test_pictures_of_somebody_else_are_left_alone(tmp_path: Path, capsys: Captur
     assert [path.name for path in tmp_path.iterdir()] == ["02.png"] and (tmp_path / "02.png").read_bytes() == own
 
 
+@pytest.mark.parametrize("name, options", [("story.json", []), ("story.html", ["--explain"])])
+def test_what_only_has_the_name_of_a_storys_file_is_told_before_loading(
+    name: str, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consistory.model.ConsiStory", None)  # any use of it would be another error
+    (tmp_path / name).write_text("{}")
+    assert command(*CAT, *options, "--out", tmp_path) == 2
+    assert f"{name} is not a story's" in capsys.readouterr().err
+    assert contents(tmp_path) == {name: b"{}"}
+
+
 def test_a_page_of_another_story_goes(tmp_path: Path) -> None:
     assert command(*CAT, "--steps", "2", "--explain", "--out", tmp_path) == 0
     assert (tmp_path / "story.html").exists()
@@ -187,6 +198,29 @@ def test_what_is_no_photo_is_refused(tmp_path: Path, capsys: Capture, name: str,
     shown = capsys.readouterr().err
     assert shown.startswith("consistory: error:") and name in shown and shown.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["extend"], ["personalize", "--subject", "a cat"]], ids=" ".join)
+def test_a_name_that_is_mistyped_is_told_before_loading(
+    arguments: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consistory.model.ConsiStory", None)  # any use of it would be another error
+    verb, *others = arguments
+    assert command(verb, tmp_path / "cta", *others, "--settings", "in space", "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"consistory: error: there is no file {tmp_path / 'cta'}: check the name\n"
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], ConsistoryConfig.photos()),
+        (["--preset", "paper"], replace(ConsistoryConfig.paper(), dropout=0.0)),
+        (["--preset", "reference", "--dropout", "0.5"], ConsistoryConfig.reference()),
+    ],
+)
+def test_the_method_with_photos(options: list[str], expected: ConsistoryConfig) -> None:
+    arguments = ["photo.jpg", "--subject", "a cat", "--settings", "in space", *options]
+    assert method(parse_personalize(arguments)) == expected
 
 
 # Of a record, what is no argument of the call.
@@ -350,7 +384,7 @@ def test_an_output_folder_that_cannot_be_is_told_before_loading(
 
 
 def test_a_mistake_leaves_an_earlier_story_alone(tmp_path: Path, golden_weights: Path) -> None:
-    (tmp_path / "story.json").write_text("earlier")
+    (tmp_path / "story.json").write_text('{"prompts": [], "seeds": [], "files": []}')
     (tmp_path / "01.png").write_text("earlier")
     before = contents(tmp_path)
     assert command(*CAT, "--model", golden_weights, "--anchors", "5", "--out", tmp_path) == 2
@@ -535,15 +569,35 @@ def test_an_interruption_is_one_line(listen: Callable[..., Listener], capsys: Ca
     assert not listener.saved
 
 
-def test_running_out_of_memory_says_what_to_do(listen: Callable[..., Listener], capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.09 GB, max allowed: 18.13 GB)."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+    ids=["cuda", "mps", "cpu"],
+)
+def test_running_out_of_memory_says_what_to_do(
+    error: RuntimeError, listen: Callable[..., Listener], capsys: Capture
+) -> None:
     def exhaust(on_step: Callable[[int, int], None]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+        raise error
 
     listener = listen(exhaust)
     assert command(*CAT) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("consistory: error: out of memory: draw fewer or smaller pictures")
     assert not listener.saved
+
+
+def test_a_bug_is_no_lack_of_memory(listen: Callable[..., Listener]) -> None:
+    def fail(on_step: Callable[[int, int], None]) -> None:
+        raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
+
+    listen(fail)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        command(*CAT)
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

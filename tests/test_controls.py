@@ -23,7 +23,7 @@ from consistory.attention import AttentionControl
 from consistory.config import ControlNetConfig
 from consistory.controlnet import Control, ControlNet, Residuals, Steering, acting_steps, add_residuals
 from consistory.story import tell
-from consistory.subject import Subject
+from consistory.subject import Subject, fingerprint
 from consistory.unet import Conditioning, Encoded, UNet
 
 SIZE = {"width": 96, "height": 64, "steps": 6}
@@ -220,8 +220,15 @@ def test_the_record_names_the_controls(pipe: ConsiStory, nets: list[ControlNet])
     story = draw(pipe, [Control(nets[0], images, weight=0.5, end=0.5)])
     (record,) = json.loads(json.dumps(story.settings))["controls"]
     digests = record.pop("images")
+    assert record.pop("fingerprint") == fingerprint(nets[0]) != fingerprint(nets[1])
     assert record == {"net": nets[0].name, "weight": 0.5, "start": 0.0, "end": 0.5, "only": None}
     assert len(set(digests)) == 3 and all(len(digest) == 64 for digest in digests)
+
+
+def test_numbers_of_numpys_end_up_in_the_record(nets: list[ControlNet]) -> None:
+    control = Control(nets[0], pictures(1), weight=np.float32(0.5), end=np.float64(0.5), only=np.flatnonzero([0, 1, 1]))
+    record = json.loads(json.dumps(control.settings()))
+    assert (record["weight"], record["end"], record["only"]) == (0.5, 0.5, [1, 2])
 
 
 # --- a subject that is kept -------------------------------------------------------------------------------------------
@@ -365,6 +372,8 @@ def test_controls_that_do_not_fit_the_story(
         ({"images": ["pose.png"]}, "is str: give arrays"),
         ({"images": torch.zeros(1, 64, 96, 3, dtype=torch.uint8)}, "is Tensor: give arrays"),
         ({"weight": float("nan")}, "weight nan"),
+        ({"weight": "0.8"}, "weight is '0.8': give a number"),
+        ({"only": [0.0]}, "picture's number is 0.0: give a whole number"),
         ({"start": 0.6, "end": 0.4}, "from 0.6 to 0.4"),
         ({"start": -0.1}, "from -0.1"),
         ({"end": 1.5}, "to 1.5"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,7 +126,7 @@ def test_pure_noise_is_where_a_zero_terminal_snr_starts() -> None:
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_trailing_steps_are_eulers(steps: int) -> None:
     """As distilled checkpoints are sampled: Euler's states are ours over the signal's share. It ends without noise."""
-    schedule = replace(ScheduleConfig().spaced("trailing"), final_alpha_one=True)
+    schedule = ScheduleConfig().spaced("trailing")
     oracle = EulerDiscreteScheduler.from_config(CONFIGS["trailing"])
     oracle.set_timesteps(steps)
     assert ddim.timesteps(schedule, steps) == oracle.timesteps.tolist()
@@ -149,10 +148,19 @@ def test_a_spacing_that_cannot_be() -> None:
         ScheduleConfig.from_json(CONFIGS["zero-terminal-snr"]).spaced("leading")
 
 
-@pytest.mark.parametrize("others", [{"prediction_type": "sample"}, {"beta_schedule": "linear"}])
+@pytest.mark.parametrize(
+    "others", [{"prediction_type": "sample"}, {"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}]
+)
 def test_a_schedule_of_another_kind_is_an_error(others: dict[str, Any]) -> None:
     with pytest.raises(ConsistoryError, match="schedule"):
         ScheduleConfig.from_json(config_json(**others))
+
+
+def test_a_schedule_without_betas_is_an_error() -> None:
+    """Playground v2.5's."""
+    edm = {"_class_name": "EDMDPMSolverMultistepScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+    with pytest.raises(ConsistoryError, match=r"EDMDPMSolverMultistepScheduler.*no betas"):
+        ScheduleConfig.from_json(edm)
 
 
 def test_equals_the_recorded_schedule(golden: Any) -> None:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, Story
 from consistory.cli import load, main, parse
 from consistory.distributed import Ranks, SharedError, draw_on_ranks
+from consistory.subject import Subject
 
 SETTINGS = ["on the beach", "in the snow", "in space", "at home", "in a meadow"]
 CAT = ["a cat", "--settings", *SETTINGS]
@@ -114,6 +115,22 @@ def test_the_first_rank_chooses_and_idle_ranks_rest(golden_weights: Path, tmp_pa
     assert [rank["pictures"].tolist() for rank in (first, second, third)] == [[2], [4], []]
     assert first["steps"] > 0 and third["steps"] == 0
     assert all(rank["seeds"].tolist() == [5, 7] for rank in (first, second, third))
+
+
+def record(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:
+    path = Path(os.environ["RECORDING"])
+    story = draw_on_ranks(pipe, subject="a cute dog", settings=SETTINGS[:3], **SMALL, record=path)
+    return {"recorded": torch.tensor(story.subject.recorded is not None)}
+
+
+def test_the_first_rank_alone_records(
+    golden_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dog"
+    monkeypatch.setenv("RECORDING", str(path))
+    found = on_ranks("record", 2, golden_weights, tmp_path)
+    assert [bool(rank["recorded"]) for rank in found] == [True, False]
+    assert Subject.load(path, ConsiStory.from_pretrained(golden_weights, dtype=torch.float64)).recorded
 
 
 def fail(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:

@@ -177,6 +177,33 @@ def test_a_set_that_does_not_fit_the_settings_stops_everything(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("fails", ["before it draws", "while it draws"])
+def test_settings_do_not_bind_before_there_are_pictures(pipe: ConsiStory, fails: str, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    if fails == "before it draws":
+        with pytest.raises(ConsistoryError, match="2000 steps"):
+            run(pipe, tmp_path, steps=2000)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, tmp_path, steps=1, on_step=interrupt)
+    assert not any(tmp_path.iterdir())
+    run(pipe, tmp_path)
+
+
+def test_settings_bind_from_the_first_set_on(pipe: ConsiStory, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, tmp_path, on_step=interrupt)
+    assert (tmp_path / READ[0].folder / "story.json").exists()
+    with pytest.raises(ConsistoryError, match="another steps"):
+        run(pipe, tmp_path, steps=1)
+
+
 @pytest.mark.parametrize("name", ["02.png", "mask-01.png"])
 def test_a_set_without_all_of_its_pictures_is_drawn_again(pipe: ConsiStory, name: str, tmp_path: Path) -> None:
     run(pipe, tmp_path)
@@ -226,6 +253,28 @@ def test_scores(pipe: ConsiStory, clip_folder: Path, tmp_path: Path) -> None:
     assert results["clip"] == str(clip_folder)
     assert f"{first['image_similarity']:.4f}" in table and "001-a-cute-dog" in table
     assert "mean ± standard error" in table
+
+
+def test_scores_stay_without_clip(pipe: ConsiStory, clip_folder: Path, tmp_path: Path) -> None:
+    """But for a set that is drawn again; an interruption meanwhile costs nothing."""
+
+    def results() -> Any:
+        return json.loads((tmp_path / "evaluation.json").read_text())
+
+    table = run(pipe, tmp_path, clip=CLIP.from_pretrained(clip_folder))
+    before = results()
+    assert run(pipe, tmp_path) == table and results() == before
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / READ[1].folder / "01.png").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, tmp_path, on_step=interrupt)
+    assert results() == before
+    assert "–" in run(pipe, tmp_path)
+    assert results()["clip"] == before["clip"] and results()["sets"][0] == before["sets"][0]
+    assert results()["sets"][1].keys() == {"folder", "prompts"}
 
 
 def test_summaries() -> None:

@@ -22,6 +22,7 @@ from consistory.images import (
     Pixels,
     Record,
     check_can_save,
+    check_record,
     describe,
     encode_png,
     make_grid,
@@ -323,6 +324,40 @@ def test_a_grid_and_a_page_that_are_not_ours_stay(tmp_path: Path) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "grid.png")
     with pytest.raises(ConsistoryError, match=r"grid\.png is not a story's"):
         Album(tmp_path).begin(record(2))
+
+
+@pytest.mark.parametrize("text", ['{"title": "mine"}', '["prompts", "seeds", "files"]', '{"prompts": [', ""])
+def test_a_record_that_is_not_ours_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "story.json").write_text(text)
+    for write in (lambda: Album(tmp_path).begin(record(3)), lambda: save_story(story(3, 8, 8), tmp_path)):
+        with pytest.raises(ConsistoryError, match=r"story\.json is not a story's"):
+            write()
+    assert files(tmp_path) == ["story.json"] and (tmp_path / "story.json").read_text() == text
+
+
+def test_a_page_is_ours_beside_a_record_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "story.html").touch()
+    check_record(tmp_path)
+    with pytest.raises(ConsistoryError, match=r"story\.html is not a story's"):
+        check_record(tmp_path, page=True)
+    save_story(story(1, 8, 8), tmp_path)
+    check_record(tmp_path, page=True)
+
+
+def test_a_page_goes_before_the_record_that_tells_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn(tmp_path, 1).finish()
+    (tmp_path / "story.html").touch()
+    unlink = Path.unlink
+
+    def until_the_record(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "story.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", until_the_record)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(tmp_path, 1)
+    assert "story.html" not in files(tmp_path)
 
 
 def test_pictures_that_are_damaged_or_were_resized_are_no_help(tmp_path: Path) -> None:

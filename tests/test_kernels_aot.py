@@ -38,6 +38,15 @@ def test_half_precision_uses_the_matrix_unit(compiled: list[dict[str, Any]]) -> 
     assert all(each["instructions"].get(MATRIX_INSTRUCTION[each["arch"]]) for each in halves)
 
 
+def test_launches_overlap_on_hopper(compiled: list[dict[str, Any]]) -> None:
+    """`pack` lets `attend` begin, and `attend` waits for it before it reads what was packed."""
+    for each in compiled:
+        begins, waits = (each["instructions"].get(op, 0) for op in ("PREEXIT", "ACQBULK"))
+        hopper = each["arch"] == 90
+        assert begins == (hopper and each["name"].startswith("pack")), each["name"]
+        assert waits == (hopper and each["name"].startswith("attend")), each["name"]
+
+
 def test_four_programs_of_sdxl_attention_fit_on_a_hopper_multiprocessor(compiled: list[dict[str, Any]]) -> None:
     """65536 registers and 227 KiB of shared memory each: some multiply while others take exponentials."""
     for each in compiled:

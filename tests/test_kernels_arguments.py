@@ -16,11 +16,18 @@ from consistory.kernels.extended_attention import extended_attention
 from consistory.kernels.injection import inject
 from torch import Tensor
 
+
+def attention_with_options(*, q_vanilla: Tensor, query_region: Tensor, key_region: Tensor, **arguments: Any) -> Tensor:
+    """Extended attention, which takes these in pairs."""
+    return extended_attention(**arguments, q_blend=(q_vanilla, 0.5), regions=(query_region, key_region))
+
+
 G, N, A, H, P, D, T, K = 2, 3, 2, 2, 16, 8, 7, 1
 FITTING: dict[Callable[..., Any], dict[str, Tensor]] = {
-    extended_attention: {name: torch.randn(G, N, H, P, D) for name in "qkv"}
+    attention_with_options: {name: torch.randn(G, N, H, P, D) for name in ("q", "k", "v", "q_vanilla")}
     | {"key_mask": torch.ones(A, P, dtype=torch.bool), "share": torch.ones(N, A, dtype=torch.bool)}
-    | {f"anchor_{name}": torch.randn(G, A, H, P, D) for name in "kv"},
+    | {f"anchor_{name}": torch.randn(G, A, H, P, D) for name in "kv"}
+    | {"query_region": torch.ones(N, P, dtype=torch.int32), "key_region": torch.ones(A, P, dtype=torch.int32)},
     match: {
         "target": torch.randn(N, P, D), "source": torch.randn(A, P, D),
         "source_mask": torch.ones(A, P, dtype=torch.bool),
@@ -28,10 +35,11 @@ FITTING: dict[Callable[..., Any], dict[str, Tensor]] = {
     cross_attention: {"q": torch.randn(N, H, P, D), "k": torch.randn(N, H, T, D), "v": torch.randn(N, H, T, D),
                       "token_weights": torch.rand(N, T, K)},
     inject: {"x": torch.randn(N, P, D), "source_index": torch.zeros(N, P, dtype=torch.int64),
-             "source_image": torch.zeros(N, P, dtype=torch.int64), "inject_mask": torch.ones(N, P, dtype=torch.bool)},
+             "source_image": torch.zeros(N, P, dtype=torch.int64), "inject_mask": torch.ones(N, P, dtype=torch.bool),
+             "anchor_x": torch.randn(A, P, D)},
 }  # fmt: skip
-FREE = [(inject, "x", 2), (match, "target", 0), (cross_attention, "q", 2), (cross_attention, "token_weights", 2)]
-OTHERS: dict[Callable[..., Any], dict[str, Any]] = {inject: {"alpha": 0.8, "anchors": A}}
+FREE = [(inject, "anchor_x", 0), (match, "target", 0), (cross_attention, "q", 2), (cross_attention, "token_weights", 2)]
+OTHERS: dict[Callable[..., Any], dict[str, Any]] = {inject: {"alpha": 0.8}}
 
 
 @pytest.mark.parametrize("backend", ["reference", "packed"])
@@ -48,9 +56,9 @@ def test_shapes_that_do_not_fit_are_refused(operator: Callable[..., Any], name: 
 
 def test_recorded_keys_need_values() -> None:
     for name in ("anchor_k", "anchor_v"):
-        arguments = {key: value for key, value in FITTING[extended_attention].items() if key != name}
+        arguments = {key: value for key, value in FITTING[attention_with_options].items() if key != name}
         with pytest.raises(ValueError, match="give both or neither"):
-            extended_attention(**arguments)
+            attention_with_options(**arguments)
 
 
 @pytest.mark.parametrize(("capability", "backend"), [((7, 5), "packed"), ((8, 0), "fused"), ((9, 0), "fused")])

@@ -46,6 +46,18 @@ def test_finds_the_nearest_patch(
     check(backend, target, source, draw_mask((sources, patches), 0.4, seed=3), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_without_the_masked_patches_or_with_them(kept: float) -> None:
+    """Two ways to the same result: a CPU takes the first, other devices without Triton the second."""
+    rows, source = (F.normalize(draw((n, 16), torch.float32, seed=n).cpu(), dim=-1) for n in (7, 50))
+    mask = torch.rand(50, generator=torch.Generator().manual_seed(1)) < kept
+    (index, distance), (other_index, other_distance) = (
+        nearest(rows, source, mask) for nearest in (packed.nearest_kept, packed.nearest_of)
+    )
+    assert torch.equal(index, other_index)
+    torch.testing.assert_close(distance, other_distance)
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_masks_of_every_kind(backend: Backend) -> None:
     """None, all, the first and the last patch of a source."""

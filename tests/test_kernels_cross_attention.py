@@ -6,7 +6,18 @@ import pytest
 import torch
 from consistory.kernels.backends import Backend
 from consistory.kernels.cross_attention import cross_attention
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, assert_as_good_as, draw, generator, needs_gpu, poisoned_memory
+from kernel_checks import (
+    ALL,
+    DEVICE,
+    DTYPES,
+    FAST,
+    assert_as_good_as,
+    draw,
+    generator,
+    needs_gpu,
+    poisoned_memory,
+    swapped_in_memory,
+)  # fmt: skip
 from torch import Tensor
 
 CASES = {  # B, H, P, T, d, K
@@ -40,6 +51,17 @@ def test_agrees_with_the_definition(backend: Backend, case: tuple[int, ...], dty
     assert (out.dtype, maps.dtype) == (dtype, torch.float32)
     assert_as_good_as(plain[0], out, exact[0])
     assert_as_good_as(plain[1], maps, exact[1])
+
+
+@pytest.mark.parametrize("axes", [(0, 2), (2, 3)], ids=["rows contiguous", "rows scattered"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_tensor_may_be_laid_out_unlike_all_others(backend: Backend, name: str, axes: tuple[int, int]) -> None:
+    given = dict(zip(["q", "k", "v", "token_weights"], tensors(2, 2, 33, 7, 16, 1, dtype=torch.float32), strict=True))
+    expected = cross_attention(**given, backend="reference")
+    out = cross_attention(**given | {name: swapped_in_memory(given[name], *axes)}, backend=backend)
+    for ours, exact in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -19,6 +19,7 @@ from kernel_checks import (
     generator,
     needs_gpu,
     poisoned_memory,
+    swapped_in_memory,
 )  # fmt: skip
 from torch import Tensor
 
@@ -144,6 +145,36 @@ def test_keys_that_are_not_kept_are_not_touched(backend: Backend) -> None:
         q, k, v, key_mask, share, backend=backend,
         anchor_k=anchor_k.masked_fill(hidden, torch.nan), anchor_v=anchor_v.masked_fill(hidden, torch.nan),
     )  # fmt: skip
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(2, 3), (3, 4)], ids=["rows contiguous", "rows scattered"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "anchor_k", "anchor_v", "q_vanilla"])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_tensor_may_be_laid_out_unlike_all_others(backend: Backend, name: str, axes: tuple[int, int]) -> None:
+    case = Case(G=1, N=2, A=2, H=2, P=20, d=16)
+    shape, names = (case.G, case.N, case.H, case.P, case.d), ["q", "k", "v", "anchor_k", "anchor_v", "q_vanilla"]
+    given = {name: draw(shape, torch.float32, seed) for seed, name in enumerate(names)}
+    key_mask, share = case.masks()
+
+    def attend(backend: Backend, q_vanilla: Tensor, **tensors: Tensor) -> Tensor:
+        blend = q_vanilla, 0.7
+        return extended_attention(**tensors, key_mask=key_mask, share=share, q_blend=blend, backend=backend)
+
+    expected = attend("reference", **given)
+    with poisoned_memory():
+        out = attend(backend, **given | {name: swapped_in_memory(given[name], *axes)})
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_anchors_are_packed_in_several_blocks(backend: Backend) -> None:
+    """A block is 128 rows of d = 64 in float32."""
+    case = Case(G=1, N=2, A=2, H=1, P=300, d=64)
+    arguments = *case.tensors(torch.float32), *case.masks()
+    with poisoned_memory():
+        out = extended_attention(*arguments, regions=case.regions(), backend=backend)
+    expected = extended_attention(*arguments, regions=case.regions(), backend="reference")
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -498,6 +498,23 @@ def test_the_recorded_model(golden_weights: Path) -> None:
         assert_same(loaded.state_dict(), expected)
 
 
+def test_a_projection_that_diffusers_wrote(original: State, states: dict[str, State], tmp_path: Path) -> None:
+    """As a linear layer's weight, where SDXL's own file has a matrix to multiply with from the right."""
+    key = "conditioner.embedders.1.model.text_projection"
+    others = {name: tensor for name, tensor in original.items() if name != key}
+    path = written({**others, f"{key}.weight": original[key].T.contiguous()}, tmp_path / "x.safetensors")
+    assert_same(from_single_file(path)["text_encoder_2"], states["text_encoder_2"])
+
+
+@pytest.mark.parametrize(("said", "predicts"), [("v", "v_prediction"), ("epsilon", "epsilon")])
+def test_metadata_of_a_single_file_tells_what_it_predicts(
+    said: str, predicts: str, original: State, tmp_path: Path
+) -> None:
+    save_file(original, tmp_path / "x.safetensors", metadata={"modelspec.prediction_type": said})
+    schedule = loading.single_file_schedule(tmp_path / "x.safetensors", loading.sdxl_configs()["scheduler"])
+    assert schedule["prediction_type"] == predicts
+
+
 @pytest.mark.parametrize(
     ("flags", "changed"),
     [

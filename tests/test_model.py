@@ -14,7 +14,7 @@ from parity import randn
 from safetensors.torch import load_file, save_file
 from single_file import to_original
 
-from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, QueryBlend, ddim
+from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, FreeU, QueryBlend, ddim
 from consistory.arguments import (
     check_anchors,
     check_sampling,
@@ -145,6 +145,13 @@ def test_numbers_may_be_numpys(pipe: ConsiStory, tmp_path: Path) -> None:
     assert {name: settings[name] for name in ("steps", "width", "guidance")} == {"steps": 2, "width": 32, "guidance": 5}
 
 
+def test_texts_may_be_numpys(pipe: ConsiStory) -> None:
+    options = {"subject": "a dog", "seed": 3, "steps": 2, **SMALL}
+    given = [pipe(settings=make(["on the beach", "in the snow"]), concepts=make(["dog"]), **options).latents
+             for make in (np.array, list)]  # fmt: skip
+    assert torch.equal(*given)
+
+
 # --- what cannot be done ----------------------------------------------------------------------------------------------
 
 
@@ -180,6 +187,8 @@ def test_numbers_may_be_numpys(pipe: ConsiStory, tmp_path: Path) -> None:
         ({"prompts": None, "subject": "a dog", "settings": [3]}, "settings: 3 is not a string"),
         ({"prompts": None, "subject": None, "settings": ["at sea"]}, "subject: None is not a string"),
         ({"concepts": [b"dog"]}, "concepts: b'dog' is not a string"),
+        ({"prompts": ["a dog", "a caf\udce9 dog"]}, "is not UTF-8"),
+        ({"latents": torch.zeros(2, 4, 8, 4, dtype=torch.int64)}, "latents are torch.int64"),
         ({"negative_prompt": ["blur"]}, r"negative_prompt: \['blur'\] is not a string"),
         ({"steps": 4.0}, "steps is 4.0: give a whole number"),
         ({"steps": None}, "steps is None: give a whole number"),
@@ -209,6 +218,13 @@ def test_bad_arguments(pipe: ConsiStory, arguments: dict[str, Any], says: str) -
         ({"alpha": np.float32(0.8)}, "one of Python's own"),
         ({"query_blend": QueryBlend(fraction=-0.1)}, "query_blend.fraction is -0.1"),
         ({"injection_window": (0.5, 0.2)}, "two rising fractions"),
+        ({"injection_window": (0.1, np.float32(0.3))}, "one of Python's own"),
+        ({"freeu": FreeU(s1=np.float32(0.6))}, "freeu.s1 is .*one of Python's own"),
+        ({"injection_window": 0.3}, "use two fractions"),
+        ({"injection_window": np.array([0.1, 0.3])}, "use two fractions"),
+        ({"masking": np.True_}, "masking is .*use True or False"),
+        ({"dift_timestep": np.int64(261)}, "dift_timestep is .*one of Python's own"),
+        ({"mask_history": 20.0}, "mask_history is 20.0: use a whole number"),
         ({"separate_subjects": True, "masking": False}, "use masking=True"),
         ({"first_pass": "half"}, '"dift" or "full"'),
         ({"mask_history": 0}, "mask_history is 0: use 1 or more"),
@@ -226,6 +242,11 @@ def test_devices_that_are_not_there(device: str) -> None:
         usable_device(device)
     assert "\n" not in str(error.value)
     assert usable_device("cpu") == torch.device("cpu")
+
+
+def test_a_dtype_by_its_name(golden_weights: Path) -> None:
+    with pytest.raises(ConsistoryError, match="dtype is 'float16': give one of torch's"):
+        ConsiStory.from_pretrained(golden_weights, dtype="float16")
 
 
 def test_a_checkpoint_on_a_device_that_is_not_there(golden_weights: Path) -> None:

@@ -283,22 +283,30 @@ def test_aligned_keys_have_the_readers_statistics_and_the_anchors_pattern() -> N
                 torch.testing.assert_close(torch.tensor(a), torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
-def test_an_anchor_is_read_with_keys_aligned_to_the_readers() -> None:
-    """Each in its own half, with or without blended queries; who reads nobody is not changed."""
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_anchor_is_read_with_keys_aligned_to_the_readers(separate: bool) -> None:
+    """Each in its own half, with blended queries, of its own region or of all; who reads nobody is not changed."""
     q, k, v = self_inputs(2)
     share = torch.ones(IMAGES, ANCHORS, dtype=torch.bool)
     share[:ANCHORS] = False
     recorder = RecordQueries()
     vanilla = self_inputs(2, seed=5)
     recorder.self_attention(*vanilla, FINE)
-    out = consistent(Sharing(key_masks(), share, (recorder, 0.25), align_keys=True)).self_attention(q, k, v, FINE)
+    bits = 1 + torch.arange(IMAGES * q.shape[-2], dtype=torch.int32).view(IMAGES, -1) % 3  # regions 1, 2, and both
+    regions = {2: (bits, bits[:ANCHORS])} if separate else {}
+    sharing = Sharing(key_masks(), share, (recorder, 0.25), regions, align_keys=True)
+    out = consistent(sharing).self_attention(q, k, v, FINE)
     q = 0.75 * q + 0.25 * vanilla[0]
     for half in range(2):
         for i in range(IMAGES):
-            row, keys, values = half * IMAGES + i, [], []
-            for j in range(ANCHORS if i >= ANCHORS else 0):
-                anchor, kept = half * IMAGES + j, key_masks()[2][j]
-                keys.append(align_keys(k[anchor], to=k[row])[:, kept])
-                values.append(v[anchor][:, kept])
-            expected = attend(q[row], torch.cat([k[row], *keys], dim=1), torch.cat([v[row], *values], dim=1))
-            assert relative_error(out[row], expected) <= 5e-6
+            row = half * IMAGES + i
+            for region in (1, 2, 3):
+                keys, values, mine = [], [], bits[i] == region
+                for j in range(ANCHORS if i >= ANCHORS else 0):
+                    anchor, kept = half * IMAGES + j, key_masks()[2][j]
+                    if separate:
+                        kept = kept & (bits[j] & region != 0)
+                    keys.append(align_keys(k[anchor], to=k[row])[:, kept])
+                    values.append(v[anchor][:, kept])
+                joined = torch.cat([k[row], *keys], dim=1), torch.cat([v[row], *values], dim=1)
+                assert relative_error(out[row][:, mine], attend(q[row], *joined)[:, mine]) <= 5e-6

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -101,7 +102,8 @@ def naive_tell(plan: Plan, x: Tensor) -> Told:
         return Told(naive_pass(plan, x, plan.steps, None)[0], {}, {})
     timesteps = ddim.timesteps(plan.schedule, plan.steps)
     dift_step = min(range(plan.steps), key=lambda i: abs(timesteps[i] - 261))
-    stop = plan.steps if plan.config.first_pass == "full" else dift_step + 1
+    branch = int(plan.steps * plan.config.injection_window[0])
+    stop = plan.steps if plan.config.first_pass == "full" else max(dift_step + 1, branch)
     _, masks, features, concepts = naive_pass(plan, x, stop, None)
     dift = smooth(features[dift_step])
     if plan.config.separate_subjects:
@@ -170,6 +172,7 @@ def naive_pass(
 CONFIGS = PRESETS | {
     "freeu": replace(REFERENCE, freeu=FreeU()),
     "no-sdsa": replace(REFERENCE, sdsa=False),
+    "late-injection": ConsistoryConfig(injection_window=(0.8, 0.9)),
     "no-mask": ConsistoryConfig(masking=False),
     "separate-subjects": ConsistoryConfig(separate_subjects=True),
     "no-injection": ConsistoryConfig(injection=False),
@@ -333,6 +336,16 @@ def test_global_random_numbers_are_neither_used_nor_drawn(unet: UNet, reference:
     again = told(unet, REFERENCE)
     assert torch.equal(again.latents, reference.latents)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_vanilla_queries_end_with_their_step(unet: UNet) -> None:
+    """For SDXL they are 0.1 GiB a sample."""
+    plan = make_plan(unet, replace(REFERENCE, query_blend=QueryBlend(fraction=0.5)), steps=6)
+    recorded: list[weakref.ref[RecordQueries]] = []
+    for state in denoise(plan, State(0, noise(plan), []), 4):
+        recorded.append(weakref.ref(state.vanilla))
+        assert [each() is None for each in recorded] == [True] * (state.step - 1) + [False]
 
 
 @torch.no_grad()

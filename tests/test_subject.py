@@ -355,6 +355,34 @@ def test_anchors_of_given_noise(pipe: ConsiStory, tmp_path: Path) -> None:
         assert bool(subject.recorded) == (grade == "recording")
 
 
+def test_the_precision_of_given_noise_is_not_the_anchors(anchors: Story) -> None:
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, expected = (anchors.subject.extend(["in space"], latents=x) for x in (noise, noise.float()))
+    assert torch.equal(found.latents, expected.latents)
+    assert all(torch.equal(mask, expected.subject.masks[s]) for s, mask in found.subject.masks.items())
+
+
+def test_a_subject_of_whole_prompts_needs_them(pipe: ConsiStory) -> None:
+    story = pipe(prompts=["a dog at sea"], concepts=["dog"], **SIZE)
+    with pytest.raises(ConsistoryError, match="extend it with prompts="):
+        story.subject.extend(["in space"])
+
+
+def test_pictures_to_choose_are_those_of_the_extension(anchors: Story) -> None:
+    with pytest.raises(ConsistoryError, match=r"pictures \[2\] are chosen of 2"):
+        anchors.subject.extend(SETTINGS[2:], choose=lambda record: [2])
+
+
+def test_a_recording_is_made_even_if_no_picture_is_missing(pipe: ConsiStory, anchors: Story, tmp_path: Path) -> None:
+    path = tmp_path / "dog"
+    story = pipe(
+        subject="a cute dog", settings=SETTINGS[:2], seed=3, **SIZE, record=path, choose=lambda record: []
+    )  # fmt: skip
+    assert len(story.images) == 0 and story.subject.recorded
+    found, expected = (subject.extend(["in space"]).latents for subject in (Subject.load(path, pipe), anchors.subject))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 def test_a_recipe_does_not_replace_its_recording(recorded: Story, pipe: ConsiStory, tmp_path: Path) -> None:
     assert recorded.subject.recorded
     path = recorded.subject.recorded.path
@@ -395,7 +423,8 @@ def test_a_recording_that_fails_leaves_nothing(golden_weights: Path, tmp_path: P
 
 def test_a_recording_that_cannot_be_written_stops_before_any_work(pipe: ConsiStory, tmp_path: Path) -> None:
     ticks: list[int] = []
-    for path in (tmp_path, tmp_path / "missing" / "dog"):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "dog"):
         with pytest.raises(ConsistoryError, match="cannot be written"):
             pipe(
                 subject="a dog", settings=SETTINGS[:2], record=path, on_step=lambda done, total: ticks.append(done),
@@ -403,7 +432,7 @@ def test_a_recording_that_cannot_be_written_stops_before_any_work(pipe: ConsiSto
             )  # fmt: skip
     with pytest.raises(ConsistoryError, match="dog"):
         pipe(prompts=["a cat"], concepts=["dog"], record=tmp_path / "dog", **SIZE)
-    assert not ticks and not list(tmp_path.iterdir())
+    assert not ticks and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("grade", ["recording", "recipe"])

@@ -75,6 +75,16 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: type[BaseExcepti
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_made_and_parts_of_killed_runs_go(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.safetensors"
+    for expected in ([path.name], [".y.safetensors.1.part", path.name]):
+        with TensorFile(path, {}, 1) as file:
+            file.write("x", torch.ones(3))
+        assert sorted(each.name for each in path.parent.iterdir()) == expected
+        for name in (path.name, "y.safetensors"):
+            (path.parent / f".{name}.1.part").touch()
+
+
 def test_a_failure_leaves_the_file_before(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors")
     before = path.read_bytes()
@@ -85,7 +95,7 @@ def test_a_failure_leaves_the_file_before(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "missing" / "x.safetensors", tmp_path / "file" / "x.safetensors"):
+    for path in (tmp_path, tmp_path / "file" / "x.safetensors"):
         with pytest.raises(ConsistoryError, match="cannot be written"):
             TensorFile(path, METADATA, 1)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_tiles_give_the_whole_picture(vae: VAE, height: int, width: int, tile: i
     before, whole = z.clone(), vae.decode(z)
     assert relative_error(tiled_decode(vae, z, tile), whole) <= TOLERANCE
     assert torch.equal(z, before)
+
+
+@torch.no_grad()
+def test_tiles_are_as_precise_as_the_model(vae: VAE) -> None:
+    double, z = copy.deepcopy(vae).double(), randn(1, 4, 9, 4).double()
+    assert relative_error(tiled_decode(double, z, 3), double.decode(z)) <= 1e-12
 
 
 @torch.no_grad()

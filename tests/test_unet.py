@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from consistory.weights.errors import ConsistoryError
 from diffusers import UNet2DConditionModel
 from einops import rearrange
 from parity import randn, randomise, recorded_module, relative_error
@@ -433,3 +434,10 @@ def test_equals_the_recorded_unet(golden: Any, golden_weights: Path, t: int) -> 
     if t == 261:  # the DIFT features, recorded in half precision
         expected = units["unet/inter_t261/up0"]
         assert relative_error(recorder.features[0][1][:1], expected.float()) <= 2**-11
+
+
+def test_levels_that_are_not_uniform_are_refused() -> None:
+    """SSD-1B's."""
+    config = SDXL_IN_SMALL | {"transformer_layers_per_block": [0, [2, 2], [4, 4]]}
+    with pytest.raises(ConsistoryError, match="not uniform within a level"):
+        UNetConfig.from_json(config)

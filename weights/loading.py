@@ -262,11 +262,13 @@ def single_file_components(
 def single_file_schedule(path: Path, schedule: Json) -> Json:
     """The schedule of a single file, given SDXL's.
 
-    A fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its noise ends at zero signal.
+    A fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its noise ends at zero signal, or says so in its
+    metadata (https://github.com/Stability-AI/ModelSpec).
     Raises ConsistoryError if the file is missing or damaged.
     """
-    flags = set(open_safetensors(path).keys())
-    if "v_pred" not in flags:
+    file = open_safetensors(path)
+    flags, metadata = set(file.keys()), file.metadata() or {}
+    if "v_pred" not in flags and metadata.get("modelspec.prediction_type") not in ("v", "v_prediction"):
         return schedule
     return {**schedule, "prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in flags}
 

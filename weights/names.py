@@ -195,6 +195,7 @@ def clip_table(config: Json) -> Iterator[Rename]:
 
 def open_clip_table(config: Json) -> Iterator[Rename]:
     yield from _under("", "", OPEN_CLIP_ENDS)
+    yield Rename("text_projection.weight", "text_projection.weight")  # in files that diffusers has converted
     yield Rename("text_projection.weight", "text_projection", transposed)
     for layer in range(config["num_hidden_layers"]):
         name, original = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"

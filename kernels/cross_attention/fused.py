@@ -12,17 +12,19 @@ from math import log2
 import torch
 import triton
 import triton.language as tl
+from consistory.kernels.backends import with_contiguous_rows
 from torch import Tensor
 
 PATCHES = 64
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes as in `consistory.kernels.cross_attention`; rows of d values contiguous, other strides free.
+    """Shapes as in `consistory.kernels.cross_attention`; strides are free, scattered rows of d values are copied.
 
     The result is laid out [B, P, H, d], so that joining its heads is a view. A program holds all the tokens of a head,
     which spills no register up to T = 128 and d = 64 in 16 bit, but does in float32 (which runs here only if asked to).
     """
+    q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
     batch, heads, patches, head_size = q.shape
     concepts = token_weights.shape[-1]
     out = q.new_empty(batch, patches, heads, head_size).transpose(1, 2)

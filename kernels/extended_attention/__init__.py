@@ -42,6 +42,10 @@ def extended_attention(
     recorded = g, anchors, h, p, d
     check_shapes(k=(k, q.shape), v=(v, q.shape), key_mask=(key_mask, (anchors, p)), share=(share, (n, anchors)))
     check_shapes(anchor_k=(anchor_k, recorded), anchor_v=(anchor_v, recorded))
+    if q_blend is not None:
+        check_shapes(q_vanilla=(q_blend[0], q.shape))
+    if regions is not None:
+        check_shapes(query_region=(regions[0], (n, p)), key_region=(regions[1], (anchors, p)))
     chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128)
     if chosen == "fused":
         from consistory.kernels.extended_attention import fused

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from consistory.kernels.backends import with_contiguous_rows
 from torch import Tensor
 
 
@@ -41,7 +42,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(dtype: torch.dtype, head_size: int, hopper: bool) -> Tile:
-    """The best of the blocks that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
+    """As good as any that `bench/kernels.py --tiles` compares on an H200; float32 has registers for less."""
     if dtype == torch.float32:
         return Tile(queries=64, keys=16, warps=8, stages=2)
     if not hopper:
@@ -70,11 +71,17 @@ def extended_attention(
     regions: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Shapes as in `consistory.kernels.extended_attention`; rows of d values contiguous, other strides free.
+    """Shapes as in `consistory.kernels.extended_attention`; strides are free, scattered rows of d values are copied.
 
     The result is laid out [G, N, P, H, d], so that joining its heads is a view.
     """
-    query_region, key_region = regions or (None, None)
+    # Copies that `pack` reads are held until `attend` is launched: its result, which it begins to write while `pack`
+    # runs, would be given their memory. Those that it reads itself by then have to be made before `pack` is launched.
+    q, k, v, anchor_k, anchor_v = (with_contiguous_rows(x) for x in (q, k, v, anchor_k, anchor_v))
+    if q_blend is not None:
+        q_blend = with_contiguous_rows(q_blend[0]), q_blend[1]
+    key_mask = key_mask.contiguous()
+    query_region, key_region = (None, None) if regions is None else (regions[0], regions[1].contiguous())
     overlap = is_hopper(q) and len(key_mask) > 0
     packed = pack(anchor_k, anchor_v, key_mask, key_region, overlap=overlap)
     return attend(q, k, v, packed, share, q_blend, query_region, tile, overlap=overlap)
@@ -85,9 +92,9 @@ def pack(
 ) -> Packed:
     """Move the kept rows of all anchors together, in order.
 
-    anchor_k, _v    [G, A, H, P, d]
-    key_mask        bool [A, P]
-    key_region      int32 [A, P], or None
+    anchor_k, _v    [G, A, H, P, d], rows of d values contiguous
+    key_mask        bool [A, P], contiguous
+    key_region      int32 [A, P], contiguous, or None
     overlap         let the next launch begin before this one has ended
     returns         rows defined up to the last anchor's end
     """
@@ -100,8 +107,8 @@ def pack(
     if anchors:
         grid = (triton.cdiv(patches, rows), heads, halves * anchors)
         pack_kernel[grid](
-            anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.contiguous().view(torch.uint8),
-            end if key_region is None else key_region.contiguous(),
+            anchor_k, anchor_k.stride(), anchor_v, anchor_v.stride(), key_mask.view(torch.uint8),
+            end if key_region is None else key_region,
             packed_k, packed_v, end if packed_region is None else packed_region, end, anchors, heads, patches,
             OVERLAP=overlap, REGIONS=key_region is not None, HEAD_SIZE=head_size, WIDTH=width, ROWS=rows,
             MASK_SIZE=triton.next_power_of_2(patches), num_warps=8, enable_fp_fusion=True,
@@ -126,7 +133,7 @@ def attend(
     *,
     overlap: bool = False,
 ) -> Tensor:
-    """q, k, v [G, N, H, P, d] with what `pack` returned -> [G, N, H, P, d].
+    """q, k, v [G, N, H, P, d], rows of d values contiguous, with what `pack` returned -> [G, N, H, P, d].
 
     query_region: int32 [N, P], if regions were packed; overlap: begin before the launch before this one, which has to
     be that of `pack`, has ended.

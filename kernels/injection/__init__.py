@@ -35,6 +35,8 @@ def inject(
     patches = x.shape[:2]
     check_shapes(source_index=(source_index, patches), source_image=(source_image, patches))
     check_shapes(inject_mask=(inject_mask, patches))
+    if anchor_x is not None:
+        check_shapes(anchor_x=(anchor_x, (len(anchor_x), *x.shape[1:])))
     chosen = pick_backend(x, backend)
     if chosen == "fused":
         from consistory.kernels.injection import fused
