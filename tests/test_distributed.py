@@ -43,7 +43,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 
 def as_rank(work: str, rank: int, size: int, port: int, weights: Path, path: Path) -> None:
-    """One rank's life: what it finds goes into a file."""
+    """One rank's life, in the file's folder: what it finds goes into the file."""
+    os.chdir(path.parent)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     found = globals()[work](ConsiStory.from_pretrained(weights, dtype=torch.float64), rank)
     save_file({key: value.contiguous() for key, value in found.items()}, path)
@@ -118,19 +119,14 @@ def test_the_first_rank_chooses_and_idle_ranks_rest(golden_weights: Path, tmp_pa
 
 
 def record(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:
-    path = Path(os.environ["RECORDING"])
-    story = draw_on_ranks(pipe, subject="a cute dog", settings=SETTINGS[:3], **SMALL, record=path)
+    story = draw_on_ranks(pipe, subject="a cute dog", settings=SETTINGS[:3], **SMALL, record="dog")
     return {"recorded": torch.tensor(story.subject.recorded is not None)}
 
 
-def test_the_first_rank_alone_records(
-    golden_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "dog"
-    monkeypatch.setenv("RECORDING", str(path))
+def test_the_first_rank_alone_records(golden_weights: Path, tmp_path: Path) -> None:
     found = on_ranks("record", 2, golden_weights, tmp_path)
     assert [bool(rank["recorded"]) for rank in found] == [True, False]
-    assert Subject.load(path, ConsiStory.from_pretrained(golden_weights, dtype=torch.float64)).recorded
+    assert Subject.load(tmp_path / "dog", ConsiStory.from_pretrained(golden_weights, dtype=torch.float64)).recorded
 
 
 def fail(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:
