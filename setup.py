@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 # would overwrite others of the same name.
 HOUSE = {"consistory": "consistory", "consistory.kernels": "kernels", "consistory.weights": "weights"}
 
-# Needed where there is no GPU, to interpret and to compile the kernels. PyTorch's builds for CUDA bring it, each in a
-# version of its own; they run without it, too.
+# Interprets and compiles the kernels where there is no GPU. No requirement of the library's: PyTorch's builds for CUDA
+# bring a Triton, each in the one version that it works with.
 TRITON = "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 setup(

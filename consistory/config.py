@@ -329,8 +329,8 @@ class ConsistoryConfig:
         first, last = self.injection_window
         if not 0 <= first <= last <= 1:
             raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
-        shares = {"dropout": self.dropout, "alpha": self.alpha, "injection_window": first, "its end": last}
-        shares |= _fields("query_blend", self.query_blend)
+        shares = {"dropout": self.dropout, "alpha": self.alpha}
+        shares |= {"injection_window[0]": first, "injection_window[1]": last} | _fields("query_blend", self.query_blend)
         for name, value in shares.items():
             if not isinstance(value, float | int) or not 0 <= value <= 1:
                 raise ConsistoryError(f"{name} is {value!r}: use a number from 0 to 1, one of Python's own")

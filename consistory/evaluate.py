@@ -241,7 +241,7 @@ class FinalMask(Observer):
 
 
 def draw(pipe: ConsiStory, one: PromptSet, seeds: list[int], call: Mapping[str, Any]) -> tuple[Story, Tensor]:
-    """A story, and its masks."""
+    """A story, and where its pictures show the subject: bool [N, h, w]."""
     final = FinalMask()
     story = pipe(prompts=one.prompts, concepts=one.concepts, seed=seeds, observer=final, **call)
     assert final.mask is not None

@@ -85,6 +85,7 @@ class Plan:
 
     @cached_property
     def alpha_bars(self) -> Tensor:
+        """[train_steps], see `ddim.alpha_bars`."""
         return ddim.alpha_bars(self.schedule)
 
     @cached_property

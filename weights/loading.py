@@ -262,8 +262,8 @@ def single_file_components(
 def single_file_schedule(path: Path, schedule: Json) -> Json:
     """The schedule of a single file, given SDXL's.
 
-    A fine-tune that predicts v carries a key `v_pred`, and `ztsnr` if its noise ends at zero signal, or says so in its
-    metadata (https://github.com/Stability-AI/ModelSpec).
+    A fine-tune that predicts v carries a key `v_pred` or says so in its metadata
+    (https://github.com/Stability-AI/ModelSpec); and it carries a key `ztsnr` if its noise ends at zero signal.
     Raises ConsistoryError if the file is missing or damaged.
     """
     file = open_safetensors(path)
