@@ -683,7 +683,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--lora", metavar="FILE[:WEIGHT]", type=file_and_weight, action="append", default=[],
-        help="a LoRA to merge into the model, in a .safetensors file; repeat it for several (default weight: 1)",
+        help="a LoRA, LoHa, LoKr or DoRA to merge into the model, in a .safetensors file; repeat it for several "
+        "(default weight: 1)",
     )
     model.add_argument(
         "--ip-adapter", metavar=("FILE", "ENCODER", "PICTURE"), nargs=3,

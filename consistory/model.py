@@ -145,7 +145,8 @@ class ConsiStory:
         name: "owner/model", unless there is such a folder, is of the hub: taken from its cache, downloaded if need be.
         variant: which of several weights to take, such as "fp16"; found by itself where there is only one.
         vae: another autoencoder than the checkpoint's own: a `.safetensors` file, a folder, or a name of the hub.
-        loras: `.safetensors` files to merge into the weights; a pair (file, weight) for another weight than 1.
+        loras: `.safetensors` files (LoRA, LoHa, LoKr, DoRA) to merge into the weights, in any order; a pair
+            (file, weight) for another weight than 1.
         spacing: "leading" | "trailing" timesteps, see `ScheduleConfig`; by default as the checkpoint's schedule says.
             Models distilled to a few steps, Lightning or Turbo, want "trailing".
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the

@@ -73,10 +73,13 @@ def named(part: str, module: nn.Module) -> State:
 def adapted(part: str, module: nn.Module, **options: Any) -> peft.PeftModel:
     """A copy with random adapters."""
     config = peft.LoraConfig(**({"r": 3, "lora_alpha": 3, "target_modules": TARGETS[part]} | options))
-    model = peft.get_peft_model(copy.deepcopy(module), config)
+    return randomly(peft.get_peft_model(copy.deepcopy(module), config))
+
+
+def randomly(model: peft.PeftModel) -> peft.PeftModel:
     generator = torch.Generator().manual_seed(7)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:  # an adapter's
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -117,9 +120,15 @@ def kohya(part: str, state: State, alpha: float, *, original: bool = False) -> S
         if part == "text_encoder" and not module.startswith("text_model."):
             module = f"text_model.{module}"
         stem = prefix + names.original_name(module, by_name).replace(".", "_")
-        result[f"{stem}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[factor]}.weight"] = tensor
+        renamed = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+        result[f"{stem}.{renamed.get(factor, factor)}"] = by_rows(tensor) if "magnitude" in factor else tensor
         result[f"{stem}.alpha"] = torch.tensor(alpha)
     return result
+
+
+def by_rows(magnitude: Tensor) -> Tensor:
+    """peft's [out] or [1, out, 1, 1] -> LyCORIS' [out, 1] or [out, 1, 1, 1]."""
+    return magnitude[:, None] if magnitude.dim() == 1 else magnitude.transpose(0, 1)
 
 
 def assert_says(error: pytest.ExceptionInfo[ConsistoryError], *facts: object) -> None:
@@ -372,6 +381,159 @@ def test_a_file_is_read_while_its_parameter_is(parts: dict[str, Component], tmp_
     assert (source.tensors["conv_in.weight"]() == 0).all()
 
 
+# --- other kinds ------------------------------------------------------------------------------------------------------
+
+LOHA, LOKR = partial(peft.LoHaConfig, r=3, alpha=2), partial(peft.LoKrConfig, r=2, alpha=2)
+CONV = "down_blocks.0.resnets.0.conv1"
+
+
+@pytest.mark.parametrize(
+    ("config", "alpha", "held"),
+    [
+        (LOHA(), 2.0, "hada_w1_a"),
+        (LOHA(use_effective_conv2d=True), 2.0, "hada_t2"),
+        (LOKR(decompose_factor=2), 2.0, "lokr_w2_b"),
+        (LOKR(decompose_factor=8, decompose_both=True, r=1, alpha=1), 1.0, "lokr_w1_a"),
+        (LOKR(decompose_factor=2, use_effective_conv2d=True), 2.0, "lokr_t2"),
+        (LOKR(r=64, alpha=64), 64.0, "lokr_w2"),
+        (peft.LoraConfig(r=3, lora_alpha=2, use_dora=True), 2.0, "dora_scale"),
+    ],
+    ids=["LoHa", "LoHa, Tucker", "LoKr", "LoKr, both factors", "LoKr, Tucker", "LoKr, whole", "DoRA"],
+)
+def test_other_kinds_merge_as_in_peft(
+    config: Any, alpha: float, held: str, modules: dict[str, nn.Module], parts: dict[str, Component], tmp_path: Path
+) -> None:
+    config.target_modules = set(TARGETS["unet"])
+    model = randomly(peft.get_peft_model(copy.deepcopy(modules["unet"]), config))
+    state = kohya("unet", adapter_state(model), alpha)
+    assert any(key.endswith(f".{held}") for key in state)
+    ours = merged(parts, (written(state, tmp_path / "x.safetensors"), 1.0))["unet"]
+    expected = named("unet", model.merge_and_unload())
+    assert_close(ours, expected)
+    assert len(changed(ours, named("unet", modules["unet"]))) > 50
+
+
+@pytest.mark.parametrize(
+    ("given", "scale"),
+    [
+        ({"w1": (2, 4), "w2_a": (8, 2), "w2_b": (2, 4)}, 3 / 2),
+        ({"w1_a": (2, 3), "w1_b": (3, 4), "w2": (8, 4)}, 3 / 3),
+        ({"w1": (2, 4), "w2": (8, 4)}, 1),
+    ],
+    ids=["second factored", "first factored", "whole"],
+)
+def test_alpha_of_a_lokr(
+    given: dict[str, tuple[int, ...]], scale: float, parts: dict[str, Component], tmp_path: Path
+) -> None:
+    """It counts where something has a rank, as for LyCORIS; peft divides it by a rank that no factor has."""
+    stem, name = "lora_unet_input_blocks_4_1_proj_in", "down_blocks.1.attentions.0.proj_in.weight"
+    tensors = {role: randn(*shape, seed=i) for i, (role, shape) in enumerate(given.items())}
+    state = {f"{stem}.lokr_{role}": tensor for role, tensor in tensors.items()} | {f"{stem}.alpha": torch.tensor(3.0)}
+    ours = merged(parts, (written(state, tmp_path / "x.safetensors"), 0.7))["unet"][name]
+    w1, w2 = (tensors[w] if w in tensors else tensors[f"{w}_a"] @ tensors[f"{w}_b"] for w in ("w1", "w2"))
+    expected = parts["unet"][1].tensors[name]() + 0.7 * scale * torch.kron(w1, w2)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_doras_as_diffusers_saves_them(
+    modules: dict[str, nn.Module], parts: dict[str, Component], tmp_path: Path
+) -> None:
+    model = adapted("unet", modules["unet"], use_dora=True, lora_alpha=2)
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, adapter_state(model), **_collate_lora_metadata({"unet": model})
+    )
+    (file,) = tmp_path.iterdir()
+    assert any(".lora_magnitude_vector" in key for key in load_file(file))
+    assert_close(merged(parts, (file, 1.0))["unet"], named("unet", model.merge_and_unload()))
+
+
+def test_a_core_between_two_convolutions(parts: dict[str, Component], tmp_path: Path) -> None:
+    """1x1 to `rank` channels, 3x3 among them, and 1x1 from them are one convolution."""
+    down, mid, up = randn(2, 8, 1, 1), randn(2, 2, 3, 3, seed=1), randn(8, 2, 1, 1, seed=2)
+    stem = "lora_unet_input_blocks_1_0_in_layers_2"
+    state = factors(stem, down, up, 1.0) | {f"{stem}.lora_mid.weight": mid}
+    kernel = merged(parts, (written(state, tmp_path / "x.safetensors"), 1.0))["unet"][f"{CONV}.weight"]
+    x, conv = randn(1, 8, 5, 5, seed=3), partial(nn.functional.conv2d, padding=1)
+    added = nn.functional.conv2d(conv(nn.functional.conv2d(x, down), mid), up) / 2
+    expected = conv(x, parts["unet"][1].tensors[f"{CONV}.weight"]()) + added
+    torch.testing.assert_close(conv(x, kernel), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    ("stem", "name", "factor_shapes"),
+    [
+        ("lora_unet_input_blocks_4_1_proj_in", "down_blocks.1.attentions.0.proj_in", ((2, 16), (16, 2))),
+        ("lora_unet_input_blocks_1_0_in_layers_2", CONV, ((2, 8, 3, 3), (8, 2, 1, 1))),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_doras_norms(
+    axis: int, stem: str, name: str, factor_shapes: Any, parts: dict[str, Component], tmp_path: Path
+) -> None:
+    """Rows (or columns) have the norms given, and the directions of the LoRA's; at weight 0.5, half the way is gone."""
+    base = parts["unet"][1].tensors[f"{name}.weight"]()
+    shape = [1] * base.dim()
+    shape[axis] = base.shape[axis]
+    norms, pair = randn(*shape, seed=4).abs() + 0.1, [randn(*shape, seed=i) for i, shape in enumerate(factor_shapes)]
+    lora_file = written(factors(stem, *pair, 1.0), tmp_path / "lora.safetensors")
+    file = written(factors(stem, *pair, 1.0) | {f"{stem}.dora_scale": norms}, tmp_path / "dora.safetensors")
+    plain, whole, half = (
+        merged(parts, (path, weight))["unet"][f"{name}.weight"]
+        for path, weight in ((lora_file, 1.0), (file, 1.0), (file, 0.5))
+    )
+    slices, plain_slices = (x.transpose(0, axis).flatten(1) for x in (whole, plain))
+    torch.testing.assert_close(slices.norm(dim=1), norms.flatten())
+    torch.testing.assert_close(nn.functional.cosine_similarity(slices, plain_slices), torch.ones(len(slices)))
+    torch.testing.assert_close(half, (base + whole) / 2, atol=1e-6, rtol=1e-6)
+
+
+def test_a_dora_of_zeros_stays_zero(parts: dict[str, Component], tmp_path: Path) -> None:
+    source = TensorSource("x", {"conv_in.weight": lambda: torch.zeros(8, 4, 3, 3)})
+    state = factors("unet.conv_in", torch.zeros(1, 4, 3, 3), torch.ones(8, 1, 1, 1))
+    file = written(state | {"unet.conv_in.lora_magnitude_vector": torch.ones(1, 8, 1, 1)}, tmp_path / "x.safetensors")
+    base = {**parts, "unet": (CONFIGS["unet"], source)}
+    assert (lora.merge(base, [lora.read(file, 1.0, base)])["unet"][1].tensors["conv_in.weight"]() == 0).all()
+
+
+def test_doras_add_up_in_any_order(modules: dict[str, nn.Module], parts: dict[str, Component], tmp_path: Path) -> None:
+    """Each of them changes the checkpoint's weights, not what another one has made of them."""
+    state = kohya("unet", adapter_state(adapted("unet", modules["unet"], use_dora=True)), 2.0)
+    dora = written(state, tmp_path / "dora.safetensors"), 0.8
+    other = written({key: x for key, x in state.items() if "dora" not in key}, tmp_path / "lora.safetensors"), 0.5
+    assert_close(merged(parts, dora, other)["unet"], merged(parts, other, dora)["unet"])
+
+
+def test_whole_differences(parts: dict[str, Component], tmp_path: Path) -> None:
+    base = {name: read() for name, read in parts["unet"][1].tensors.items()}
+    given = {
+        "lora_unet_input_blocks_1_0_in_layers_2.diff": (f"{CONV}.weight", randn(8, 8, 3, 3)),
+        "lora_unet_input_blocks_1_0_in_layers_2.diff_b": (f"{CONV}.bias", randn(8)),
+        "lora_unet_input_blocks_1_0_in_layers_0.w_norm": ("down_blocks.0.resnets.0.norm1.weight", randn(8, seed=1)),
+        "lora_unet_input_blocks_1_0_in_layers_0.b_norm": ("down_blocks.0.resnets.0.norm1.bias", randn(8, seed=2)),
+        "lora_unet_conv_out.diff_b": ("conv_out.bias", randn(4, seed=3)),
+    }
+    file = written({key: tensor for key, (_, tensor) in given.items()}, tmp_path / "x.safetensors")
+    ours = merged(parts, (file, 0.5))["unet"]
+    assert_close(ours, base | {name: base[name] + 0.5 * tensor for name, tensor in given.values()})
+
+
+def test_a_bias_that_is_not_there(parts: dict[str, Component], tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    with pytest.raises(ConsistoryError) as error:
+        lora.read(written({f"{stem}.diff_b": torch.zeros(16)}, tmp_path / "x.safetensors"), 1.0, parts)
+    assert_says(error, f"{stem} changes a bias that this model lacks")
+
+
+def test_names_of_lycoris_itself(modules: dict[str, nn.Module], parts: dict[str, Component], tmp_path: Path) -> None:
+    state = kohya("unet", adapter_state(adapted("unet", modules["unet"])), 2.0)
+    renamed = {key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in state.items()}
+    ours, expected = (
+        merged(parts, (written(each, tmp_path / f"{i}.safetensors"), 1.0)) for i, each in enumerate((renamed, state))
+    )
+    assert_close(ours["unet"], expected["unet"])
+
+
 # --- what cannot be merged --------------------------------------------------------------------------------------------
 
 STEM = "lora_unet_input_blocks_4_1_proj_in"
@@ -381,13 +543,7 @@ GOOD = factors(STEM, torch.zeros(2, 16), torch.zeros(16, 2))
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ([f"{STEM}.hada_w1_a", f"{STEM}.hada_w1_b", f"{STEM}.alpha"], "is a LoHa"),
-        ([f"{STEM}.lokr_w1", f"{STEM}.lokr_w2_a"], "is a LoKr"),
-        ([f"{STEM}.dora_scale"], "is a DoRA"),
-        (["unet.down_blocks.1.attentions.0.proj_in.lora_magnitude_vector"], "is a DoRA"),
-        ([f"{STEM}.lora_mid.weight"], "Tucker"),
         ([f"{STEM}.oft_blocks"], "is an OFT"),
-        ([f"{STEM}.diff", f"{STEM}.diff_b"], "whole differences"),
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "Stable Diffusion 1 or 2"),
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "Stable Diffusion 1 or 2"),
         (["unet.up_blocks.3.attentions.0.proj_in.lora_A.weight"], "Stable Diffusion 1 or 2"),
@@ -422,8 +578,8 @@ def test_what_is_no_lora(tensors: State, parts: dict[str, Component], tmp_path: 
 
 
 def test_half_a_pair(parts: dict[str, Component], tmp_path: Path) -> None:
-    for key in GOOD:
-        file = written({key: GOOD[key]}, tmp_path / "x.safetensors")
+    for key in (*GOOD, f"{STEM}.alpha", f"{STEM}.dora_scale", f"{STEM}.hada_w1_a", f"{STEM}.lokr_w1"):
+        file = written({key: torch.zeros(16, 2)}, tmp_path / "x.safetensors")
         with pytest.raises(ConsistoryError) as error:
             lora.read(file, 1.0, parts)
         assert_says(error, file, "is not whole", key, "download it again")
@@ -437,7 +593,7 @@ def test_the_same_module_under_two_names(parts: dict[str, Component], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("down", "up"), [((3, 16), (16, 2)), ((2, 16), (16, 2, 3, 3)), ((16,), (16, 2)), ((0, 16), (16, 0))]
+    ("down", "up"), [((3, 16), (16, 2)), ((2, 16), (16, 2, 3, 3)), ((16,), (16, 2)), ((0, 16), (16, 0)), ((), (16, 2))]
 )
 def test_factors_that_cannot_be_multiplied(
     down: tuple[int, ...], up: tuple[int, ...], parts: dict[str, Component], tmp_path: Path
@@ -455,6 +611,14 @@ def test_a_lora_of_another_width(parts: dict[str, Component], tmp_path: Path) ->
     with pytest.raises(ConsistoryError) as error:
         merged(parts, (file, 1.0))
     assert_says(error, f"{file}: {stem} is 16 x 768, not 16 x 12", "made for another model")
+
+
+def test_norms_of_another_width(parts: dict[str, Component], tmp_path: Path) -> None:
+    for norms in (torch.ones(8), torch.ones(8, 1), torch.ones(1, 8)):
+        file = written(GOOD | {f"{STEM}.dora_scale": norms}, tmp_path / "x.safetensors")
+        with pytest.raises(ConsistoryError) as error:
+            merged(parts, (file, 1.0))
+        assert_says(error, f"{file}: {STEM} is 8 norms, not 16", "made for another model")
 
 
 def test_a_lora_of_a_norm(parts: dict[str, Component], tmp_path: Path) -> None:

@@ -1,37 +1,35 @@
-"""LoRA files [1]: low-rank additions to a checkpoint's weights, merged into them as they are read.
+"""LoRA files and their relatives (LoHa, LoKr, DoRA): changes of a checkpoint's weights, made as these are read.
 
     read(path, weight, parts) -> LoRA     opens a file and finds the parameter that each of its tensors belongs to
-    merge(parts, loras) -> parts          the components, with  W + weight * (alpha / rank) * up @ down  in place of W
+    merge(parts, loras) -> parts          the components, with  W + weight * (alpha / rank) * up @ down  in place of W,
+                                          or what stands for up @ down in other files, see `deltas`
 
-Nothing is added before a parameter is asked for, so no second copy of the model is ever in memory. Convolutions are
-matrices too: down [rank, in, kh, kw] and up [out, rank, 1, 1] make a kernel [out, in, kh, kw].
-
-[1] Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+Nothing is added before a parameter is asked for, so no second copy of the model is ever in memory.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from consistory.weights import names
+from consistory.weights import deltas, names
 from consistory.weights.errors import ConsistoryError
 from consistory.weights.loading import Component, Read, TensorSource, is_finite, listed, open_safetensors
 from consistory.weights.names import Json
 from torch import Tensor
 
 # A module in LoRA files. name: the library's own; other: in another layout (the original UNet's, or that of a text
-# encoder that transformers 5 saved); old: how diffusers first called attention's projections. Kohya's scripts put
-# underscores for dots.
+# encoder that transformers 5 saved); old: how diffusers first called attention's projections. Kohya's scripts, and
+# LyCORIS without them, put underscores for dots.
 TEMPLATES = {
     "unet": (
         "lora_unet_{flat_name}", "lora_unet_{flat_other}", "unet.{name}", "unet.{old}", "{name}", "{old}",
-        "diffusion_model.{other}",
+        "diffusion_model.{other}", "lycoris_{flat_name}",
     ),
     "text_encoder": ("lora_te1_{flat_name}", "text_encoder.{name}", "text_encoder.{old}", "text_encoder.{other}"),
     "text_encoder_2": ("lora_te2_{flat_name}", "text_encoder_2.{name}", "text_encoder_2.{old}"),
@@ -44,21 +42,19 @@ OLD_ENDINGS = {
 
 # What follows the module's name.
 ROLES = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",  # kohya
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",  # kohya
     ".lora_A.weight": "down", ".lora_B.weight": "up",  # peft
     ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",  # diffusers, text encoders
     "_lora.down.weight": "down", "_lora.up.weight": "up",  # diffusers at first
+    ".lora_magnitude_vector": "row norms", ".lora_magnitude_vector.weight": "row norms",  # peft, DoRA
+    **{f".{factor}": factor for factor in deltas.FACTORS if "_" in factor}, ".dora_scale": "norms",  # LyCORIS
+    ".diff": "diff", ".w_norm": "diff", ".diff_b": "bias", ".b_norm": "bias",  # LyCORIS, whole differences
 }  # fmt: skip
 
 # What else a file may be (regular expressions for a part of a key that has no place), and what to say.
 OTHER_KINDS = {
-    r"\.hada_[wt]\d": "a LoHa",
-    r"\.lokr_[wt]\d": "a LoKr",
-    r"\.dora_scale|\.lora_magnitude_vector": "a DoRA",
-    r"\.lora_mid\.": "a LoRA with a Tucker decomposition",
     r"\.oft_|\.boft_": "an OFT",
-    r"\.(diff|diff_b|w_norm|b_norm)$": "a LoRA with whole differences of weights",
     r"lora_te_": "a LoRA of Stable Diffusion 1 or 2",
     r"down_blocks[._]0[._]attentions|up_blocks[._]3[._]attentions": "a LoRA of Stable Diffusion 1 or 2",
     r"^transformer\.|double_blocks|joint_blocks|lora_transformer": "a LoRA of a diffusion transformer",
@@ -67,31 +63,51 @@ OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA adds to one parameter: scale * up @ down.
+    """What a LoRA does to one parameter W: it adds weight * scale * change; with norms, it goes `weight` of the way
+    from W to W + scale * change with those norms.
 
-    label: of the module in its file, for messages. down, up: read the factors [rank, in, ...] and [out, rank, 1, ...].
+    label: of the module in its file, for messages.  factors: to read, by name, for `kind`.
+    norms: to read; of W's columns if they are [1, columns, ...], else of its rows.
     """
 
     label: str
-    down: Read
-    up: Read
+    weight: float
     scale: float
+    kind: deltas.Kind
+    factors: Mapping[str, Read]
+    norms: Read | None = None
 
-    def added_to(self, parameter: Tensor) -> Tensor:
-        """In float32. Raises ConsistoryError if the factors do not fit the parameter or are not finite."""
-        down, up = self.down(), self.up()
-        if not (is_finite(down) and is_finite(up)):
+    def change(self, parameter: Tensor) -> Tensor:
+        """What is added, in float32. Raises ConsistoryError if it does not fit the parameter or is not finite."""
+        parameter = parameter.float()
+        change = self.kind.make(**{name: self._read(read) for name, read in self.factors.items()})
+        rows = parameter.reshape(len(parameter), -1)
+        if change.shape != rows.shape:
+            raise self._misfit(*(" x ".join(map(str, x.shape)) for x in (change, rows)))
+        change = change.reshape(parameter.shape)
+        if self.norms is None:
+            return self.weight * self.scale * change
+        norms = self._read(self.norms)
+        axis = 1 if norms.dim() > 1 and len(norms) < norms.numel() else 0
+        if norms.numel() != parameter.shape[axis]:
+            raise self._misfit(f"{norms.numel()} norms", str(parameter.shape[axis]))
+        return self.weight * (deltas.renormalised(parameter + self.scale * change, norms, axis) - parameter)
+
+    def _read(self, read: Read) -> Tensor:
+        factor = read()
+        if not is_finite(factor):
             raise ConsistoryError(f"{self.label} holds NaN or infinity: download the LoRA again")
-        weight, down, up = (x.float().reshape(len(x), -1) for x in (parameter, down, up))
-        if (len(up), down.shape[1]) != weight.shape:
-            shapes = f"{len(up)} x {down.shape[1]}, not {len(weight)} x {weight.shape[1]}"
-            raise ConsistoryError(f"{self.label} is {shapes}, so made for another model: give a LoRA of this one")
-        return torch.addmm(weight, up, down, alpha=self.scale).reshape(parameter.shape)
+        return factor.float()
+
+    def _misfit(self, found: str, wanted: str) -> ConsistoryError:
+        return ConsistoryError(
+            f"{self.label} is {found}, not {wanted}, so made for another model: give a LoRA of this one"
+        )
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file as it was given, a digest of its content, and {component: {parameter: what it adds}}."""
+    """A LoRA file as it was given, a digest of its content, and {component: {parameter: what it does to it}}."""
 
     path: Path
     weight: float
@@ -100,7 +116,7 @@ class LoRA:
 
 
 def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
-    """Find a place in the components for everything in a LoRA file, whose additions are multiplied by `weight`.
+    """Find a place in the components for everything in a LoRA file, whose changes are multiplied by `weight`.
 
     Raises ConsistoryError if the file is missing, damaged, pickled or of another kind or model, and for any key that
     has no place.
@@ -111,31 +127,51 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
     configs = {part: _peft_config(path, file.metadata(), part) for part in TEMPLATES}
     updates: dict[str, dict[str, Update]] = {part: {} for part in TEMPLATES}
     for (part, name), keys in _places(path, file.keys(), parts).items():
-        missing = [role for role in ("down", "up") if role not in keys]
-        if missing:
-            halves = f"{listed(keys.values())} without its {missing[0]}"
-            raise ConsistoryError(f"{path} is not whole ({halves}): download it again")
-        rank = _rank(path, keys, *(file.get_slice(keys[role]).get_shape() for role in ("down", "up")))
-        own_alpha = "alpha" in keys
-        scale = file.get_tensor(keys["alpha"]).item() / rank if own_alpha else _peft_scale(configs[part], name, rank)
-        down, up = (partial(file.get_tensor, keys[role]) for role in ("down", "up"))
-        updates[part][f"{name}.weight"] = Update(f"{path}: {_split(keys['down'])[0]}", down, up, weight * scale)
+        label = f"{path}: {_split(next(iter(keys.values())))[0]}"
+        read = {role: partial(file.get_tensor, key) for role, key in keys.items()}
+        if "bias" in keys:
+            if f"{name}.bias" not in parts[part][1].tensors:
+                raise ConsistoryError(f"{label} changes a bias that this model lacks: give a LoRA of this one")
+            updates[part][f"{name}.bias"] = Update(label, weight, 1.0, deltas.DIFFERENCE, {"diff": read["bias"]})
+        if keys.keys() != {"bias"}:
+            factors = {role: read[role] for role in keys if role in deltas.FACTORS}
+            kind = _kind(path, factors.keys(), keys)
+            rank = _rank(label, kind, {role: file.get_slice(keys[role]).get_shape() for role in factors})
+            own_alpha = rank is not None and "alpha" in keys
+            scale = read["alpha"]().item() / rank if own_alpha else _peft_scale(configs[part], name, rank)
+            norms = partial(_flattened, read["row norms"]) if "row norms" in keys else read.get("norms")
+            updates[part][f"{name}.weight"] = Update(label, weight, scale, kind, factors, norms)
     return LoRA(path, weight, _digest(path), updates)
 
 
+def _flattened(read: Read) -> Tensor:
+    return read().flatten()
+
+
 def merge(parts: Mapping[str, Component], loras: Iterable[LoRA]) -> dict[str, Component]:
-    """The components with all LoRAs' additions, each made when its parameter is read."""
-    merged = dict(parts)
-    for lora in loras:
-        for part, updates in lora.updates.items():
-            config, source = merged[part]
-            added = {name: partial(_read_updated, source.tensors[name], update) for name, update in updates.items()}
-            merged[part] = config, replace(source, tensors={**source.tensors, **added})
+    """The components with all LoRAs' changes, each made when its parameter is read.
+
+    Every LoRA changes the checkpoint's own weights, so that their order does not matter.
+    """
+    merged, loras = dict(parts), list(loras)
+    for part in TEMPLATES:
+        config, source = merged[part]
+        updates: dict[str, list[Update]] = {}
+        for lora in loras:
+            for name, update in lora.updates[part].items():
+                updates.setdefault(name, []).append(update)
+        changed = {name: partial(_read_changed, source.tensors[name], each) for name, each in updates.items()}
+        merged[part] = config, replace(source, tensors={**source.tensors, **changed})
     return merged
 
 
-def _read_updated(read: Read, update: Update) -> Tensor:
-    return update.added_to(read())
+def _read_changed(read: Read, updates: Sequence[Update]) -> Tensor:
+    """In float32."""
+    parameter = read()
+    result = parameter.float()
+    for update in updates:
+        result = result + update.change(parameter)
+    return result
 
 
 def _places(
@@ -187,12 +223,25 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _rank(path: Path, keys: Mapping[str, str], down: list[int], up: list[int]) -> int:
-    """Of the shapes [rank, in, ...] and [out, rank, 1, ...]. Raises ConsistoryError if they have no common one."""
-    if min(len(down), len(up)) < 2 or down[0] != math.prod(up[1:]) or down[0] == 0:
-        shapes = f"{keys['down']} {down}, {keys['up']} {up}"
-        raise ConsistoryError(f"{path} holds factors that cannot be multiplied ({shapes}): download it again")
-    return down[0]
+def _kind(path: Path, factors: Collection[str], keys: Mapping[str, str]) -> deltas.Kind:
+    """What a module's factors make. Raises ConsistoryError if they make nothing whole."""
+    for kind in deltas.KINDS:
+        if frozenset(factors) in kind.whole:
+            return kind
+    raise ConsistoryError(f"{path} is not whole (of a module, it has only {listed(keys.values())}): download it again")
+
+
+def _rank(label: str, kind: deltas.Kind, shapes: Mapping[str, list[int]]) -> int | None:
+    """Of factors of these shapes, if they have one. Raises ConsistoryError if they cannot be multiplied."""
+    try:
+        rank = next((shapes[factor][0] for factor in kind.ranked if factor in shapes), None)
+        kind.make(**{factor: torch.empty(shape, device="meta") for factor, shape in shapes.items()})
+    except (IndexError, RuntimeError):
+        rank = 0
+    if rank == 0:
+        held = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
+        raise ConsistoryError(f"{label} holds factors that cannot be multiplied ({held}): download it again")
+    return rank
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str] | None, part: str) -> Json:
@@ -207,8 +256,10 @@ def _peft_config(path: Path, metadata: Mapping[str, str] | None, part: str) -> J
     return {key.removeprefix(f"{part}."): value for key, value in content.items()}
 
 
-def _peft_scale(config: Json, name: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for a rank-stabilised LoRA; 1 without a configuration."""
+def _peft_scale(config: Json, name: str, rank: int | None) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for a rank-stabilised LoRA; 1 without a configuration, or without a rank."""
+    if rank is None:
+        return 1.0
     patterns = config.get("alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
     alpha = next(matching, config.get("lora_alpha", rank))
