@@ -387,7 +387,7 @@ class ConsiStory:
         cond = self._conditioning(prompts, recipe)
         steering = tuple(control.steering(cond, recipe.steps) for control in controls)
         x = latents.to(self.device, torch.float32)
-        with on_device(self.unet, self.device), torch.cuda.device_of(x):  # Triton launches on the current device
+        with on_device(self.unet, self.device):
             plan = self.plan(recipe, prompts, cond)
             plan = replace(plan, recorded=subject.recorded, recorder=recorder, controls=steering, observer=observer)
             if recipe.photos is not None and subject.photos is not None and recipe.config.uses_anchors:

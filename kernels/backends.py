@@ -45,6 +45,13 @@ def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} is {list(x.shape)}: beside the other tensors, it has to be {list(shape)}")
 
 
+def check_masks(**tensors: Tensor) -> None:
+    """Raises ValueError for a mask, by name, that is not of booleans: integers would be inverted bit by bit."""
+    for name, x in tensors.items():
+        if x.dtype != torch.bool:
+            raise ValueError(f"{name} is of {x.dtype}: make it torch.bool")
+
+
 def with_contiguous_rows(x: Tensor) -> Tensor:
     """x, copied where the values along its last axis do not follow one another in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,44 @@ def test_shapes_that_do_not_fit_are_refused(operator: Callable[..., Any], name: 
     for axis in (axis for axis in range(given.ndim) if (operator, name, axis) not in FREE):
         with pytest.raises(ValueError, match="has to be"):
             operator(**arguments | {name: given.narrow(axis, 0, given.shape[axis] - 1)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [(each, name) for each, given in FITTING.items() for name, x in given.items() if x.dtype == torch.bool],
+)
+def test_masks_are_of_booleans(operator: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
+    arguments = FITTING[operator] | OTHERS.get(operator, {})
+    with pytest.raises(ValueError, match=f"{name} is of {dtype}: make it torch.bool"):
+        operator(**arguments | {name: arguments[name].to(dtype)})
+
+
+@pytest.mark.parametrize("operator", [extended_attention, match, cross_attention, inject])
+def test_launches_are_on_the_device_of_the_tensors(
+    operator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which may be another GPU."""
+    pytest.importorskip("triton")
+    current: list[Tensor] = []
+    launches: list[bool] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.clear()
+
+    def launch(*arguments: Any) -> None:
+        launches.append(len(current) == 1 and current[0] is arguments[0])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(f"{operator.__module__}.pick_backend", lambda *arguments, **options: "fused")
+    monkeypatch.setattr(f"{operator.__module__}.fused.{operator.__name__}", launch)
+    given = FITTING[attention_with_options if operator is extended_attention else operator]
+    given = {name: x for name, x in given.items() if name not in ("q_vanilla", "query_region", "key_region")}
+    operator(**given | OTHERS.get(operator, {}))
+    assert launches == [True]
 
 
 def test_recorded_keys_need_values() -> None:

@@ -1,6 +1,7 @@
 """Dense correspondence: the nearest source patch of every target patch (ConsiStory, section 4.3, equations 8-9)."""
 
-from consistory.kernels.backends import Backend, check_shapes, pick_backend
+import torch
+from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.correspondence import packed, reference
 from torch import Tensor
 
@@ -18,13 +19,15 @@ def match(
     returns         index int64 [T, S, P] and distance float32 [T, S, P] = 1 - cos; ties go to the lowest index,
                     and a source without any patch gives index 0 and distance 2
 
-    Raises ValueError for shapes that do not fit together, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, or an unknown backend.
     """
     check_shapes(source=(source, (len(source), *target.shape[1:])), source_mask=(source_mask, source.shape[:2]))
+    check_masks(source_mask=source_mask)
     chosen = pick_backend(target, backend)
     if chosen == "fused":
         from consistory.kernels.correspondence import fused
 
-        return fused.match(target, source, source_mask)
+        with torch.cuda.device_of(target):  # Triton launches on the current device
+            return fused.match(target, source, source_mask)
     implementation = reference if chosen == "reference" else packed
     return implementation.match(target, source, source_mask)

@@ -1,5 +1,6 @@
 """Cross-attention that also reports how much each patch attends to chosen tokens (ConsiStory, equation 7)."""
 
+import torch
 from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.cross_attention import packed, reference
 from torch import Tensor
@@ -27,6 +28,7 @@ def cross_attention(
     if chosen == "fused":
         from consistory.kernels.cross_attention import fused
 
-        return fused.cross_attention(q, k, v, token_weights)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return fused.cross_attention(q, k, v, token_weights)
     implementation = reference if chosen == "reference" else packed
     return implementation.cross_attention(q, k, v, token_weights)

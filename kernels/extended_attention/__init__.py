@@ -1,6 +1,7 @@
 """Extended attention: the operator of subject-driven self-attention (ConsiStory, section 4.1)."""
 
-from consistory.kernels.backends import Backend, check_shapes, pick_backend
+import torch
+from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.extended_attention import packed, reference
 from torch import Tensor
 
@@ -31,8 +32,8 @@ def extended_attention(
                     anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
 
-    Raises ValueError for shapes that do not fit together, one of `anchor_k` and `anchor_v` alone, or an unknown
-    backend.
+    Raises ValueError for shapes that do not fit together, masks that are not of booleans, one of `anchor_k` and
+    `anchor_v` alone, or an unknown backend.
     """
     (g, n, h, p, d), anchors = q.shape, len(key_mask)
     if (anchor_k is None) != (anchor_v is None):
@@ -42,6 +43,7 @@ def extended_attention(
     recorded = g, anchors, h, p, d
     check_shapes(k=(k, q.shape), v=(v, q.shape), key_mask=(key_mask, (anchors, p)), share=(share, (n, anchors)))
     check_shapes(anchor_k=(anchor_k, recorded), anchor_v=(anchor_v, recorded))
+    check_masks(key_mask=key_mask, share=share)
     if q_blend is not None:
         check_shapes(q_vanilla=(q_blend[0], q.shape))
     if regions is not None:
@@ -50,7 +52,8 @@ def extended_attention(
     if chosen == "fused":
         from consistory.kernels.extended_attention import fused
 
-        return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend, regions)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend, regions)
     if q_blend is not None:
         q_vanilla, weight = q_blend
         q = (1 - weight) * q + weight * q_vanilla

@@ -1,6 +1,7 @@
 """Feature injection: the in-order blend of corresponding features (ConsiStory, section 4.3, equations 5-6)."""
 
-from consistory.kernels.backends import Backend, check_shapes, pick_backend
+import torch
+from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.injection import packed, reference
 from torch import Tensor
 
@@ -30,17 +31,19 @@ def inject(
                     `anchors` is not used
     returns         a new tensor [N, P, C]
 
-    Raises ValueError for shapes that do not fit together, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, or an unknown backend.
     """
     patches = x.shape[:2]
     check_shapes(source_index=(source_index, patches), source_image=(source_image, patches))
     check_shapes(inject_mask=(inject_mask, patches))
+    check_masks(inject_mask=inject_mask)
     if anchor_x is not None:
         check_shapes(anchor_x=(anchor_x, (len(anchor_x), *x.shape[1:])))
     chosen = pick_backend(x, backend)
     if chosen == "fused":
         from consistory.kernels.injection import fused
 
-        return fused.inject(x, source_index, source_image, inject_mask, alpha, anchors, anchor_x)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return fused.inject(x, source_index, source_image, inject_mask, alpha, anchors, anchor_x)
     implementation = reference if chosen == "reference" else packed
     return implementation.inject(x, source_index, source_image, inject_mask, alpha, anchors, anchor_x)
