@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from consistory.weights.errors import ConsistoryError
 
 from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
-from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, check_record, every_picture, read_picture
+from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, check_free, every_picture, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
     from .controlnet import Control, ControlNet
@@ -181,7 +181,7 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
     def check_and_make(**callbacks: Any) -> Story:
         if ranks.rank == 0:
             check_can_save(args.out)
-            check_record(args.out, page=trace is not None)
+            check_free(args.out, len(args.settings), page=trace is not None)
             if subject_file is not None:
                 check_can_save(subject_file.absolute().parent)
                 if subject_file.is_dir():
@@ -651,6 +651,8 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.seed) > 1:
         parser.error("--seed takes one number here: the pictures of all sets count up from it")
+    if torchrun_rank() is not None:
+        parser.error("an evaluation runs in one process: leave torchrun out")
     args.seed = args.seed[0]
     return args
 

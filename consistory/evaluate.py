@@ -28,7 +28,7 @@ from consistory.weights.loading import read_json
 
 from .arguments import check_anchors, check_prompts, choose_concepts, compose_prompts, expand_seeds, find_concept
 from .config import ConsistoryConfig
-from .images import RECORD, Pixels, check_can_save, encode_png, read_png, write_atomically
+from .images import RECORD, Pixels, check_can_save, check_free, encode_png, read_png, write_atomically
 from .masks import average_maps, subject_masks
 from .story import Observer, OnStep, Plan, State
 
@@ -158,7 +158,7 @@ def evaluate(
     sampling: steps, guidance and what else is the same for every set; as `ConsiStory.__call__` takes them, without
     `chunk`.
     Raises ConsistoryError, before any drawing, if a prompt lacks its concept, a set does not fit the settings, or the
-    folder holds pictures of other prompts or other settings.
+    folder holds pictures of other prompts or other settings, or somebody else's.
     """
     out, config = Path(out), config or ConsistoryConfig()
     check_can_save(out)
@@ -169,6 +169,8 @@ def evaluate(
         there = read_own(out / RESULTS)
         check_same_run(out, there.get("run"), run)
     missing = [one for one in sets if not is_drawn(one, out / one.folder, one.seeds(seed))]
+    for one in missing:
+        check_free(out / one.folder, len(one.settings))
     if missing:
         pipe = load()
         for one in missing:

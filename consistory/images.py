@@ -32,6 +32,7 @@ OnPicture = Callable[[int, Pixels], None]  # index, uint8 [H, W, 3]
 GRID = "grid.png"
 RECORD = "story.json"
 PAGE = "story.html"
+GENERATOR = b'<meta name="generator" content="consistory">'  # near the start of every page
 GRID_PICTURE = 256  # pixels: a smaller picture is enlarged, so that a grid can be looked at
 LONGEST_ROW = 5  # pictures
 
@@ -58,8 +59,8 @@ def save_story(story: Pictures, folder: Path) -> None:
     No file is ever seen half written, and story.json, which names the others, comes last.
     Raises ConsistoryError if Pillow is missing, the folder cannot be written or somebody else's file is in the way.
     """
+    check_free(folder, len(story.prompts))
     album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
-    album.check_free()
     for index, image in enumerate(story.images):
         album.add(index, image)
     album.finish()
@@ -96,16 +97,8 @@ class Album:
         Raises ConsistoryError if a picture or a record of another kind is in the way.
         """
         self.record = record
-        self.check_free()
+        check_free(self.folder, len(record["prompts"]))
         return [index for index in every_picture(record) if not self._holds(index)]
-
-    def check_free(self) -> None:
-        """Raises ConsistoryError if a whole picture or a record that is not of a story is in the way."""
-        check_record(self.folder)
-        for name in (*self._names, GRID):
-            text = read_text(self.folder / name)
-            if text is not None and "consistory" not in text:
-                raise _not_ours(self.folder / name)
 
     def add(self, index: int, image: Pixels) -> None:
         """Write one picture, uint8 [H, W, 3]. Raises ConsistoryError if the folder cannot be written."""
@@ -113,8 +106,7 @@ class Album:
         data = encode_png(image, text)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            told = (self.folder / RECORD).exists()  # else a page there is somebody else's
-            for name in (PAGE, RECORD, GRID) if told else (GRID,):
+            for name in (PAGE, RECORD, GRID) if is_page(self.folder / PAGE) else (RECORD, GRID):
                 (self.folder / name).unlink(missing_ok=True)
             write_atomically(self.folder / self._names[index], data)
         except OSError as error:
@@ -139,9 +131,7 @@ class Album:
 
     @property
     def _names(self) -> list[str]:
-        images = len(self.record["prompts"])
-        digits = max(2, len(str(images)))
-        return [f"{number:0{digits}}.png" for number in range(1, images + 1)]
+        return picture_names(len(self.record["prompts"]))
 
     @property
     def _text(self) -> dict[str, str]:
@@ -215,22 +205,50 @@ def check_can_save(folder: Path) -> None:
         raise _cannot_write(folder, error) from None
 
 
-def check_record(folder: Path, *, page: bool = False) -> None:
-    """Raises ConsistoryError if a story.json is there that is not a story's; with `page`, also for a story.html that is
-    not beside one that is.
-
-    Records are written whole, so that a damaged one is somebody else's.
+def check_free(folder: Path, pictures: int, *, page: bool = False) -> None:
+    """Raises ConsistoryError if what a story of so many pictures would overwrite is not of a story: a picture, the grid
+    or the record; with `page`, also the page.
     """
-    if not os.path.lexists(folder / RECORD):
-        if page and os.path.lexists(folder / PAGE):
-            raise _not_ours(folder / PAGE)
-        return
-    try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or not {"prompts", "seeds", "files"} <= record.keys():
+    for name in (*picture_names(pictures), GRID):
+        if os.path.lexists(folder / name) and not is_picture(folder / name):
+            raise _not_ours(folder / name)
+    if os.path.lexists(folder / RECORD) and not is_record(folder / RECORD):
         raise _not_ours(folder / RECORD)
+    if page and os.path.lexists(folder / PAGE) and not is_page(folder / PAGE):
+        raise _not_ours(folder / PAGE)
+
+
+def picture_names(pictures: int) -> list[str]:
+    digits = max(2, len(str(pictures)))
+    return [f"{number:0{digits}}.png" for number in range(1, pictures + 1)]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a story's picture or grid is there, or a file that is no picture any more."""
+    pillow = _pillow()
+    try:
+        with pillow.Image.open(path) as image:  # which reads the text before the pixels, but not these
+            return "consistory" in image.info
+    except Exception:  # Pillow tells of damage by many exceptions
+        return not path.is_dir()
+
+
+def is_record(path: Path) -> bool:
+    """Whether a story's record is there. They are written whole, so that a damaged one is somebody else's."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"prompts", "seeds", "files"} <= record.keys()
+
+
+def is_page(path: Path) -> bool:
+    """Whether a page of `consistory.explain` is there."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR in file.read(1000)
+    except OSError:
+        return False
 
 
 def make_grid(images: Pixels) -> Pixels:

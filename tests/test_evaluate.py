@@ -177,6 +177,22 @@ def test_a_set_that_does_not_fit_the_settings_stops_everything(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["02.png", "story.html"])
+def test_files_of_somebody_else_stop_everything(pipe: ConsiStory, name: str, tmp_path: Path) -> None:
+    """Before a model is loaded; a page is in nobody's way, and stays."""
+    own = tmp_path / READ[0].folder / name
+    own.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(own, "PNG")
+    before = own.read_bytes()
+    if name == "02.png":
+        with pytest.raises(ConsistoryError, match=r"02\.png is not a story's"):
+            evaluate(READ, tmp_path, no_model, model="small", **SMALL)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    else:
+        run(pipe, tmp_path)
+    assert own.read_bytes() == before
+
+
 @pytest.mark.parametrize("fails", ["before it draws", "while it draws"])
 def test_settings_do_not_bind_before_there_are_pictures(pipe: ConsiStory, fails: str, tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
@@ -325,7 +341,9 @@ def test_the_command_goes_on_with_the_same_model_only(golden_weights: Path, tmp_
     assert "another dtype, spacing" in capsys.readouterr().err
 
 
-def test_the_command_refuses_before_it_draws(tmp_path: Path, capsys: Capture) -> None:
+def test_the_command_refuses_before_it_draws(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sets.json").write_text(json.dumps(SETS))
     command = ["evaluate", str(tmp_path / "sets.json"), "--out", str(tmp_path / "out")]
     assert main([*command, "--clip", str(tmp_path / "nowhere")]) == 2
@@ -334,4 +352,9 @@ def test_the_command_refuses_before_it_draws(tmp_path: Path, capsys: Capture) ->
     with pytest.raises(SystemExit):
         main([*command, "--seed", "1", "2"])
     assert "--seed takes one number" in capsys.readouterr().err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "leave torchrun out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

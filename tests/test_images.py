@@ -18,11 +18,12 @@ from processes import check_whole, save_until_killed
 
 from consistory import ConsistoryError
 from consistory.images import (
+    GENERATOR,
     Album,
     Pixels,
     Record,
     check_can_save,
-    check_record,
+    check_free,
     describe,
     encode_png,
     make_grid,
@@ -335,36 +336,33 @@ def test_a_record_that_is_not_ours_is_not_overwritten(tmp_path: Path, text: str)
     assert files(tmp_path) == ["story.json"] and (tmp_path / "story.json").read_text() == text
 
 
-def test_a_page_is_ours_beside_a_record_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "story.html").touch()
-    check_record(tmp_path)
-    with pytest.raises(ConsistoryError, match=r"story\.html is not a story's"):
-        check_record(tmp_path, page=True)
-    save_story(story(1, 8, 8), tmp_path)
-    check_record(tmp_path, page=True)
+def test_a_page_is_ours_if_it_says_so(tmp_path: Path) -> None:
+    page = tmp_path / "story.html"
+    for told in (b"<!doctype html>", b""):
+        page.write_bytes(told)
+        check_free(tmp_path, 1)
+        with pytest.raises(ConsistoryError, match=r"story\.html is not a story's"):
+            check_free(tmp_path, 1, page=True)
+        drawn(tmp_path, 1).finish()
+        assert page.read_bytes() == told, "beside a record of ours, too"
+    page.write_bytes(b"<!doctype html>" + GENERATOR)
+    check_free(tmp_path, 1, page=True)
+    drawn(tmp_path, 1)
+    assert not page.exists()
 
 
-def test_a_page_goes_before_the_record_that_tells_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn(tmp_path, 1).finish()
-    (tmp_path / "story.html").touch()
-    unlink = Path.unlink
-
-    def until_the_record(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "story.json":
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", until_the_record)
-    with pytest.raises(KeyboardInterrupt):
-        drawn(tmp_path, 1)
-    assert "story.html" not in files(tmp_path)
+def test_a_folder_in_the_way(tmp_path: Path) -> None:
+    for name in ("02.png", "grid.png", "story.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConsistoryError, match=rf"{name} is not a story's"):
+            Album(tmp_path).begin(record(2))
+        (tmp_path / name).rmdir()
 
 
 def test_pictures_that_are_damaged_or_were_resized_are_no_help(tmp_path: Path) -> None:
     drawn(tmp_path, 3)
     (tmp_path / "01.png").write_bytes((tmp_path / "01.png").read_bytes()[:-40])
-    (tmp_path / "02.png").unlink()
-    (tmp_path / "02.png").mkdir()
+    (tmp_path / "02.png").write_text("no picture")
     with Image.open(tmp_path / "03.png") as image:
         text = dict(image.text)
     (tmp_path / "03.png").write_bytes(encode_png(pictures(1, 32, 32)[0], text))
