@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from consistory.weights.errors import ConsistoryError
 
-from .config import CONTROL_DROPOUT, ConsistoryConfig, FreeU
+from .config import CONTROL_DROPOUT, PREDICTIONS, ConsistoryConfig, FreeU
 from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, check_free, every_picture, read_picture
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
@@ -262,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> str:
 
     check_can_save(args.out)
     sets = read_sets(args.sets)
-    options = ("variant", "vae", "lora", "ip_adapter", "ip_adapter_weight", "spacing", "dtype")
+    options = ("variant", "vae", "lora", "ip_adapter", "ip_adapter_weight", "spacing", "prediction", "dtype")
     with told_if_out_of_memory():
         clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
         with progress_bar(args.quiet) as on_step:
@@ -326,7 +326,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local}"
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora, "spacing": args.spacing}
+    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
+    options |= {"spacing": args.spacing, "prediction": args.prediction}
     memory = {"offload": args.offload, "tile": args.tile}
     picture = None if args.ip_adapter is None else read_picture(Path(args.ip_adapter[-1]))
     if args.single_file is not None:
@@ -701,6 +702,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--spacing", choices=("leading", "trailing"),
         help="of the timesteps; checkpoints and LoRAs that are distilled to a few --steps want trailing, with "
         "--guidance 1 (default: as the checkpoint says)",
+    )
+    model.add_argument(
+        "--prediction", choices=tuple(PREDICTIONS),
+        help="what the model predicts: checkpoints that predict v, or v of noise with zero terminal SNR, do not always "
+        "say so, and draw only noise or grey then (default: as the checkpoint says)",
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(

@@ -177,6 +177,10 @@ class VisionConfig:
         )
 
 
+# What a model predicts, and whether its noise ends at no signal at all (zero terminal SNR).
+PREDICTIONS = {"epsilon": ("epsilon", False), "v": ("v_prediction", False), "v-ztsnr": ("v_prediction", True)}
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule the model was trained with, and how sampling strides over it."""
@@ -191,11 +195,17 @@ class ScheduleConfig:
     trailing: bool = False  # timesteps are counted from the noisiest one ("trailing") or from the cleanest ("leading")
 
     @classmethod
-    def from_json(cls, d: Json) -> ScheduleConfig:
+    def from_json(cls, d: Json, predicts: str | None = None) -> ScheduleConfig:
         """From diffusers' `scheduler_config.json`. Whatever sampler it names, sampling here is DDIM.
 
+        predicts: one of `PREDICTIONS`, whatever the file says.
         Raises ConsistoryError for a schedule that is neither SDXL's nor a v-prediction variant of it.
         """
+        if predicts is not None:
+            if predicts not in PREDICTIONS:
+                raise ConsistoryError(f"the prediction is {predicts!r}: use one of {', '.join(PREDICTIONS)}")
+            kind, zero_terminal_snr = PREDICTIONS[predicts]
+            d = {**d, "prediction_type": kind, "rescale_betas_zero_snr": zero_terminal_snr}
         prediction, betas = d.get("prediction_type", "epsilon"), d.get("beta_schedule", "scaled_linear")
         if not {"num_train_timesteps", "beta_start", "beta_end"} <= d.keys():
             raise ConsistoryError(
@@ -205,7 +215,7 @@ class ScheduleConfig:
         if prediction == "epsilon" and d.get("rescale_betas_zero_snr"):
             raise ConsistoryError(
                 "the checkpoint's schedule starts at pure noise (rescale_betas_zero_snr), where epsilon tells nothing "
-                "of the picture: use a checkpoint that predicts v"
+                "of the picture: use a checkpoint that predicts v; if this one does, load it with prediction v-ztsnr"
             )
         if prediction not in ("epsilon", "v_prediction") or betas != "scaled_linear":
             raise ConsistoryError(
@@ -222,6 +232,11 @@ class ScheduleConfig:
             zero_terminal_snr=d.get("rescale_betas_zero_snr", False),
             trailing=d.get("timestep_spacing") == "trailing" or d.get("rescale_betas_zero_snr", False),
         )
+
+    @property
+    def predicts(self) -> str:
+        """One of `PREDICTIONS`."""
+        return next(name for name, kind in PREDICTIONS.items() if kind == (self.prediction, self.zero_terminal_snr))
 
     def spaced(self, spacing: str | None) -> ScheduleConfig:
         """With "leading" or "trailing" timesteps; None leaves them as they are.

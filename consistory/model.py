@@ -138,7 +138,7 @@ class ConsiStory:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
         variant: str | None = None, vae: str | Path | None = None, loras: LoRAs = (), spacing: str | None = None,
-        offload: bool = False, tile: int | None = None,
+        prediction: str | None = None, offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
         """Load "sprites" (the embedded model), a folder in the diffusers layout, or a model of the Hugging Face hub.
 
@@ -149,12 +149,15 @@ class ConsiStory:
             (file, weight) for another weight than 1.
         spacing: "leading" | "trailing" timesteps, see `ScheduleConfig`; by default as the checkpoint's schedule says.
             Models distilled to a few steps, Lightning or Turbo, want "trailing".
+        prediction: what the UNet predicts, "epsilon" | "v" | "v-ztsnr" (of noise with zero terminal SNR), for
+            checkpoints that do not say so; by default as they say.
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
             other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
             all of them stay on the device.
         tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the
             work; by default only those of more than 1024 x 1024 pixels.
-        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device or spacing.
+        Raises ConsistoryError for a missing, damaged or unsuitable file, and for an unknown device, spacing or
+        prediction.
         """
         device = usable_device(device)
         folder = SPRITES if str(name) == "sprites" else Path(name)
@@ -164,21 +167,22 @@ class ConsiStory:
         parts = {part: loading.folder_component(folder, part, variant) for part in loading.COMPONENTS}
         if vae is not None:
             parts["vae"] = _vae_component(vae, parts["vae"][0])
-        schedule = ScheduleConfig.from_json(loading.read_json(folder / "scheduler" / "scheduler_config.json"))
+        said = loading.read_json(folder / "scheduler" / "scheduler_config.json")
+        schedule = ScheduleConfig.from_json(said, prediction).spaced(spacing)
         tokenizers = Tokenizer.from_folder(folder / "tokenizer"), Tokenizer.from_folder(folder / "tokenizer_2")
-        schedule = schedule.spaced(spacing)
         return cls._assemble(str(name), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        vae: str | Path | None = None, loras: LoRAs = (), spacing: str | None = None, offload: bool = False,
-        tile: int | None = None,
+        vae: str | Path | None = None, loras: LoRAs = (), spacing: str | None = None,
+        prediction: str | None = None, offload: bool = False, tile: int | None = None,
     ) -> ConsiStory:
         """Load an SDXL checkpoint in the original layout, one `.safetensors` file. Options as for `from_pretrained`.
 
         vae: with another one given, the file need not hold one.
-        Raises ConsistoryError for a missing, damaged or unsuitable file and for an unknown device or spacing.
+        Raises ConsistoryError for a missing, damaged or unsuitable file, and for an unknown device, spacing or
+        prediction.
         """
         device = usable_device(device)
         configs = loading.sdxl_configs()
@@ -186,9 +190,9 @@ class ConsiStory:
         if vae is not None:
             parts["vae"] = _vae_component(vae, configs["vae"])
         tokenizers = Tokenizer.clip(), Tokenizer.clip(pad="!")
-        schedule = ScheduleConfig.from_json(loading.single_file_schedule(Path(path), configs["scheduler"]))
+        said = loading.single_file_schedule(Path(path), configs["scheduler"])
+        schedule = ScheduleConfig.from_json(said, prediction).spaced(spacing)
         index = configs["model_index"]
-        schedule = schedule.spaced(spacing)
         return cls._assemble(str(path), tokenizers, parts, schedule, index, device, dtype, vae, loras, offload, tile)
 
     @classmethod

@@ -191,7 +191,7 @@ class Subject:
             photos = {**asdict(recipe.photos), "latents": digest(self.photos)}
         return {
             "model": pipe.name, "vae": pipe.other_vae, "loras": [[str(file.path), file.weight] for file in pipe.loras],
-            "spacing": "trailing" if pipe.schedule.trailing else "leading",
+            "spacing": "trailing" if pipe.schedule.trailing else "leading", "prediction": pipe.schedule.predicts,
             "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
             "clip_skip": recipe.clip_skip, "anchors": len(recipe.prompts), "width": recipe.width,
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
@@ -296,8 +296,8 @@ class Subject:
             raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
         if metadata.get("schedule") != str(pipe.schedule):
             raise ConsistoryError(
-                f"{path} was made with another noise schedule, or spacing of its timesteps, than {pipe.name} has: "
-                "load the model with the spacing it was made with"
+                f"{path} was made with another noise schedule, spacing of its timesteps or prediction than {pipe.name} "
+                "has: load the model with the spacing and the prediction it was made with"
             )
         if not is_intact(path):
             raise ConsistoryError(f"{path} is damaged: save the subject again")

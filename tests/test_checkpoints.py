@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ def test_a_checkpoint_that_predicts_v(golden_weights: Path, tmp_path: Path) -> N
     folder = folder_with(golden_weights, tmp_path / "v", "scheduler/scheduler_config.json", **changes)
     schedule = ConsiStory.from_pretrained(folder).schedule
     assert (schedule.prediction, schedule.zero_terminal_snr) == ("v_prediction", True)
+
+
+def test_what_a_checkpoint_predicts_can_be_given(golden_weights: Path, single_file: Path, tmp_path: Path) -> None:
+    """To those that say something else; "v-ztsnr" also where a file says what cannot be."""
+    schedule = ConsiStory.from_pretrained(golden_weights, prediction="v").schedule
+    assert schedule == replace(ConsiStory.from_pretrained(golden_weights).schedule, prediction="v_prediction")
+    folder = folder_with(
+        golden_weights, tmp_path / "x", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True
+    )
+    with pytest.raises(ConsistoryError, match="load it with prediction v-ztsnr"):
+        ConsiStory.from_pretrained(folder)
+    given = ConsiStory.from_pretrained(folder, prediction="v-ztsnr").schedule
+    assert (given.predicts, given.prediction, given.trailing) == ("v-ztsnr", "v_prediction", True)
+    assert ConsiStory.from_pretrained(folder, prediction="epsilon").schedule.predicts == "epsilon"
+    assert ConsiStory.from_single_file(single_file, prediction="v").schedule.predicts == "v"
+    with pytest.raises(ConsistoryError, match="'x0': use one of epsilon, v, v-ztsnr"):
+        ConsiStory.from_pretrained(folder, prediction="x0")
 
 
 def test_a_checkpoint_for_inpainting(golden_weights: Path, tmp_path: Path) -> None:

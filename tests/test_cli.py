@@ -222,7 +222,7 @@ def test_the_method_with_photos(options: list[str], expected: ConsistoryConfig) 
 # Of a record, what is no argument of the call.
 OTHER_FACTS = {
     "version", "model", "vae", "loras", "fingerprint", "dtype", "seeds", "anchor_prompts", "anchor_seeds", "files",
-    "grid", "photos", "picture", "spacing",
+    "grid", "photos", "picture", "spacing", "prediction",
 }  # fmt: skip
 
 
@@ -451,7 +451,8 @@ def listen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Lis
     return install
 
 
-AS_IT_IS = {"vae": None, "loras": [], "spacing": None, "offload": False, "tile": None}  # how a model is held by default
+# How a model is held by default.
+AS_IT_IS = {"vae": None, "loras": [], "spacing": None, "prediction": None, "offload": False, "tile": None}
 
 
 def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,10 +475,10 @@ def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     options += " --anchors 1 --width 832 --height 1216 --dropout 0.7 --freeu --preset reference --out there"
     options += " --single-file sd_xl_base_1.0.safetensors --device mps --dtype bfloat16 --clip-skip 1"
     options += " --vae vae.safetensors --lora a.safetensors --lora b.safetensors:-0.5 --offload --tile 64 --chunk 3"
-    options += " --record --save-subject cat.safetensors --spacing trailing"
+    options += " --record --save-subject cat.safetensors --spacing trailing --prediction v"
     assert command("a cat and a dog", *CAT[1:], *options.split()) == 0
     added = {"vae": "vae.safetensors", "loras": [("a.safetensors", 1.0), ("b.safetensors", -0.5)]}
-    added["spacing"] = "trailing"
+    added |= {"spacing": "trailing", "prediction": "v"}
     how = {"device": "mps", "dtype": torch.bfloat16, "offload": True, "tile": 64, **added}
     assert listener.loaded == ("file", "sd_xl_base_1.0.safetensors", how)
     config = replace(ConsistoryConfig.reference(), dropout=0.7, freeu=FreeU())
@@ -644,7 +645,7 @@ OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
     "vae", "lora", "clip-skip", "chunk", "offload", "tile",
-    "separate-subjects", "ip-adapter", "ip-adapter-weight", "spacing",
+    "separate-subjects", "ip-adapter", "ip-adapter-weight", "spacing", "prediction",
 }
 
 
