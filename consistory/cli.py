@@ -262,7 +262,9 @@ def evaluate(args: argparse.Namespace) -> str:
 
     check_can_save(args.out)
     sets = read_sets(args.sets)
-    options = ("variant", "vae", "lora", "ip_adapter", "ip_adapter_weight", "spacing", "prediction", "dtype")
+    options = (
+        "variant", "vae", "lora", "embedding", "ip_adapter", "ip_adapter_weight", "spacing", "prediction", "dtype",
+    )  # fmt: skip
     with told_if_out_of_memory():
         clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
         with progress_bar(args.quiet) as on_step:
@@ -317,6 +319,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     import torch
 
     from .model import ConsiStory
+    from .words import Word
 
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -330,10 +333,13 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     options |= {"spacing": args.spacing, "prediction": args.prediction}
     memory = {"offload": args.offload, "tile": args.tile}
     picture = None if args.ip_adapter is None else read_picture(Path(args.ip_adapter[-1]))
+    words = [Word.load(*file_and_name) for file_and_name in args.embedding]
     if args.single_file is not None:
         pipe = ConsiStory.from_single_file(args.single_file, **options, **memory)
     else:
         pipe = ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
+    for word in words:
+        pipe = pipe.with_word(word)
     return pipe if picture is None else with_picture(args, pipe, picture)
 
 
@@ -690,6 +696,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "(default weight: 1)",
     )
     model.add_argument(
+        "--embedding", metavar="FILE[:WORD]", type=file_and_word, action="append", default=[],
+        help="a word learned by textual inversion, in a .safetensors file, for use in prompts; repeat it for several "
+        "(default: the word is the file's name)",
+    )
+    model.add_argument(
         "--ip-adapter", metavar=("FILE", "ENCODER", "PICTURE"), nargs=3,
         help="let a picture prompt beside the words: an IP-Adapter of SDXL in a .safetensors file, the folder of the "
         "image encoder that it was trained with, and the picture",
@@ -732,6 +743,12 @@ def file_and_weight(text: str) -> tuple[str, float]:
         return (file, float(weight)) if file else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def file_and_word(text: str) -> tuple[str, str | None]:
+    """ "a.safetensors:<cat>" -> the file and the word."""
+    file, ending, word = text.partition(".safetensors:")
+    return (file + ending.removesuffix(":"), word) if ending else (text, None)
 
 
 def add_control(parser: argparse.ArgumentParser, pictures: str) -> None:

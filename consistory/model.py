@@ -54,6 +54,7 @@ from .tiling import tiled_decode
 from .tokenizer import Tokenizer
 from .unet import Conditioning, UNet
 from .vae import VAE
+from .words import Word
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "checkpoint"
 WHOLE_PIXELS = 1024 * 1024  # larger ones are decoded in tiles: here SDXL's decoder takes 2.5 GiB, in tiles 0.9
@@ -133,6 +134,7 @@ class ConsiStory:
     other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
     loras: tuple[lora.LoRA, ...] = ()  # what is merged into the weights
     picture: PicturePrompt | None = None  # beside every prompt
+    words: tuple[Word, ...] = ()  # that prompts may use beside the vocabulary
 
     @classmethod
     def from_pretrained(
@@ -250,6 +252,18 @@ class ConsiStory:
         if adapter.layers != cross_attentions(self.unet):
             raise ConsistoryError(f"{adapter.name} is for another model: load it for this one's UNet")
         return replace(self, picture=PicturePrompt.make(adapter, features, weight))
+
+    def with_word(self, word: Word) -> ConsiStory:
+        """The same model, whose prompts may use a word that was learned by textual inversion; see `consistory.words`.
+
+        Raises ConsistoryError if it does not fit the text encoders, or there is a word of this name already.
+        """
+        widths = [vectors.shape[1] for vectors in word.vectors]
+        wanted = [encoder.config.width for encoder in self.text_encoders]
+        if widths != wanted:
+            raise ConsistoryError(f"{word.file} was made for another model (widths {widths}, not {wanted})")
+        first, second = (tokenizer.with_word(word.name, len(word.vectors[0])) for tokenizer in self.tokenizers)
+        return replace(self, words=(*self.words, word), tokenizers=(first, second))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -492,9 +506,11 @@ class ConsiStory:
         encoded = []
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
             groups = [(prompts, clip_skip), (negative, 0)] if negative else [(prompts, clip_skip)]
+            vectors = [word.vectors[i].to(self.device, self.dtype) for word in self.words]
+            learned = torch.cat(vectors) if vectors else None
             with on_device(encoder, self.device):
                 states = [
-                    encoder(tokenizer.encode(group, warn=warn and i == 0).to(self.device), skip)
+                    encoder(tokenizer.encode(group, warn=warn and i == 0).to(self.device), skip, learned)
                     for group, skip in groups
                 ]
             encoded.append([torch.cat(each) for each in zip(*states, strict=True)])

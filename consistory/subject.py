@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +42,8 @@ from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
     from .model import ConsiStory, Story
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "consistory subject 3"
 
@@ -151,7 +154,10 @@ class Subject:
             self._check_recordable()
         # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
         pipe.token_weights(prompts, self.recipe.concepts)
-        pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
+        ids = pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
+        for word in pipe.words:
+            if not torch.isin(ids, torch.tensor(pipe.tokenizers[0].learned[word.name.lower()])).any():
+                logger.warning("no prompt has the word %r, which is learned from %s", word.name, word.file)
         settings = self._settings(given, controls)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
@@ -200,6 +206,7 @@ class Subject:
             "controls": [control.settings() | {"fingerprint": fingerprint(control.net)} for control in controls],
             "photos": photos,
             "picture": None if pipe.picture is None else pipe.picture.settings,
+            "words": [[word.file, word.name] for word in pipe.words],
         }
 
     def _noise(self) -> Tensor:
@@ -292,7 +299,7 @@ class Subject:
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
         if metadata.get("model") != identity(pipe):
-            other = f"another model than {pipe.name}, other LoRAs or another picture prompt"
+            other = f"another model than {pipe.name}, other LoRAs, learned words or another picture prompt"
             raise ConsistoryError(f"{path} was made with {other}: load what it was made with")
         if metadata.get("schedule") != str(pipe.schedule):
             raise ConsistoryError(
@@ -351,14 +358,15 @@ def split(chosen: list[int], anchors: int, chunk: int | None) -> list[list[int]]
 
 def identity(pipe: ConsiStory) -> str:
     """Tells models apart: the UNet's fingerprint, then the content and the weight of every LoRA that is merged into it,
-    then a picture that prompts.
+    then learned words and a picture that prompts.
 
     A LoRA may turn no sign at all, and others with every rounding: the parameters that it changes are left out.
     """
     changed = {name for lora in pipe.loras for name in lora.updates["unet"]}
     loras = sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)
     picture = [] if pipe.picture is None else [pipe.picture.identity]
-    return " ".join([fingerprint(pipe.unet, changed), *loras, *picture])
+    words = sorted(word.identity for word in pipe.words)
+    return " ".join([fingerprint(pipe.unet, changed), *loras, *words, *picture])
 
 
 def fingerprint(module: nn.Module, without: Collection[str] = ()) -> str:

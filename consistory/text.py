@@ -65,8 +65,12 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(c.vocabulary, c.width)
         self.position_embedding = nn.Embedding(c.positions, c.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, learned: Tensor | None = None) -> Tensor:
+        """ids [B, T], those below zero of learned embeddings [W, C], the first of which is -1 -> [B, T, C]."""
+        x = self.token_embedding(ids.clamp(min=0))
+        if learned is not None:
+            x = torch.where((ids < 0)[..., None], learned[-1 - ids.clamp(max=-1)], x)
+        return x + self.position_embedding.weight[: ids.shape[1]]
 
 
 class Layers(nn.Module):
@@ -92,13 +96,14 @@ class TextEncoder(nn.Module):
             None if config.projection is None else nn.Linear(config.width, config.projection, bias=False)
         )
 
-    def forward(self, ids: Tensor, clip_skip: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, clip_skip: int = 0, learned: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> penultimate states [B, T, C] (before the last layer, no final norm) and pooled [B, D].
 
         clip_skip: states from so many layers further up, at most all of them.
+        learned: embeddings [W, C] that are not in the vocabulary, of ids -1, -2, ...; see `consistory.words`.
         `pooled` is the final, normed state at the end-of-text token, projected where the encoder has a projection.
         """
-        states = [self.text_model.embeddings(ids)]
+        states = [self.text_model.embeddings(ids, learned)]
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1]))
         end = ids.argmax(dim=-1)  # end-of-text has the highest id of the vocabulary; padding after it does not count

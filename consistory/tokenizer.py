@@ -7,13 +7,16 @@ Unicode NFC, lower case, accents kept. (The fast one neither drops control chara
 [1] Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.4.
 """
 
+import copy
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, Encoding, Regex
+from tokenizers import AddedToken, Regex
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC, BertNormalizer, Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
@@ -35,13 +38,25 @@ CLIP_VOCABULARY = Path(consistory.weights.__file__).parent / "vocabulary"
 Merges = list[tuple[str, str]]
 
 
+class Piece(NamedTuple):
+    """A token of a text.  word: the same for all tokens of a word.  start: where it begins in the text."""
+
+    id: int
+    word: tuple[int, int | None]
+    start: int
+
+
 class Tokenizer:
-    """One CLIP tokenizer: a vocabulary, a padding token and the number of tokens L that the text encoder takes."""
+    """One CLIP tokenizer: a vocabulary, a padding token and the number of tokens L that the text encoder takes.
+
+    learned: words that are not in the vocabulary, in lower case, and their ids, below zero.
+    """
 
     def __init__(self, vocabulary: dict[str, int], merges: Merges, pad: str = END, length: int = CLIP_LENGTH) -> None:
         self._bpe = _byte_pair_encoding(vocabulary, merges, pad)
         self.length = length
         self.start, self.end, self.pad = (vocabulary[token] for token in (START, END, pad))
+        self.learned: dict[str, list[int]] = {}
 
     @classmethod
     def clip(cls, pad: str = END) -> "Tokenizer":
@@ -66,6 +81,19 @@ class Tokenizer:
             raise ConsistoryError(f"{folder} is not a CLIP tokenizer (no {', '.join(missing)}): use an SDXL checkpoint")
         return cls(vocabulary, merges, pad, settings.get("model_max_length", CLIP_LENGTH))
 
+    def with_word(self, word: str, tokens: int) -> "Tokenizer":
+        """The same tokenizer, to which a word that stands by itself, in any case, is so many tokens: -1, -2, ... and on
+        from there with the next word that is learned.
+
+        Raises ConsistoryError if it has learned this word already.
+        """
+        if word.lower() in self.learned:
+            raise ConsistoryError(f"there are two words {word!r}: give one of them another name")
+        last = min((ids[-1] for ids in self.learned.values()), default=0)
+        other = copy.copy(self)
+        other.learned = {**self.learned, word.lower(): [last - 1 - i for i in range(tokens)]}
+        return other
+
     def encode(self, prompts: Sequence[str], *, warn: bool = True) -> Tensor:
         """Prompts -> ids, int64 [B, L]: start, pieces, end, padding.
 
@@ -75,9 +103,9 @@ class Tokenizer:
         for row, prompt in zip(ids, prompts, strict=True):
             pieces = self._pieces(prompt)
             if warn and len(pieces) > self._room:
-                lost = prompt[pieces.offsets[self._room][0] :]
+                lost = prompt[pieces[self._room].start :]
                 logger.warning("the prompt is longer than %d tokens; this part is ignored: %r", self.length, lost)
-            kept = [self.start, *pieces.ids[: self._room], self.end]
+            kept = [self.start, *(piece.id for piece in pieces[: self._room]), self.end]
             row[: len(kept)] = torch.tensor(kept)
         return ids
 
@@ -90,7 +118,7 @@ class Tokenizer:
 
         Raises ConsistoryError if the concept is empty, or a prompt lacks it or has it only beyond the part that fits.
         """
-        pieces = self._pieces(concept).ids
+        pieces = [piece.id for piece in self._pieces(concept)]
         if not pieces:
             raise ConsistoryError(f"the concept {concept!r} is empty: give a word or phrase that all prompts contain")
         weights = torch.zeros(len(prompts), self.length)
@@ -110,8 +138,19 @@ class Tokenizer:
     def _room(self) -> int:
         return self.length - 2
 
-    def _pieces(self, text: str) -> Encoding:
-        return self._bpe.encode(text, add_special_tokens=False)
+    def _pieces(self, text: str) -> list[Piece]:
+        names = sorted(map(re.escape, self.learned), key=len, reverse=True)  # of two that begin alike, the longer one
+        learned = rf"(?<!\w)({'|'.join(names)})(?!\w)" if names else "(?!)"
+        pieces, start = [], 0
+        for number, part in enumerate(re.split(learned, text, flags=re.IGNORECASE)):
+            if number % 2:  # what has been split at
+                pieces += [Piece(id, (number, 0), start) for id in self.learned[part.lower()]]
+            else:
+                found = self._bpe.encode(part, add_special_tokens=False)
+                own = zip(found.ids, found.word_ids, found.offsets, strict=True)
+                pieces += [Piece(id, (number, word), start + offset) for id, word, (offset, _) in own]
+            start += len(part)
+        return pieces
 
 
 def _byte_pair_encoding(vocabulary: dict[str, int], merges: Merges, pad: str) -> tokenizers.Tokenizer:
@@ -125,13 +164,13 @@ def _byte_pair_encoding(vocabulary: dict[str, int], merges: Merges, pad: str) ->
     return bpe
 
 
-def _occurrences(pieces: list[int], prompt: Encoding) -> list[int]:
+def _occurrences(pieces: list[int], prompt: list[Piece]) -> list[int]:
     """Where in the prompt `pieces` begin a word. (They also end one: a word's last piece is marked.)"""
-    words = prompt.word_ids
+    ids = [piece.id for piece in prompt]
     return [
         start
         for start in range(len(prompt) - len(pieces) + 1)
-        if prompt.ids[start : start + len(pieces)] == pieces and (start == 0 or words[start] != words[start - 1])
+        if ids[start : start + len(pieces)] == pieces and (start == 0 or prompt[start].word != prompt[start - 1].word)
     ]
 
 

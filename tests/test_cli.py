@@ -222,7 +222,7 @@ def test_the_method_with_photos(options: list[str], expected: ConsistoryConfig) 
 # Of a record, what is no argument of the call.
 OTHER_FACTS = {
     "version", "model", "vae", "loras", "fingerprint", "dtype", "seeds", "anchor_prompts", "anchor_seeds", "files",
-    "grid", "photos", "picture", "spacing", "prediction",
+    "grid", "photos", "picture", "spacing", "prediction", "words",
 }  # fmt: skip
 
 
@@ -645,7 +645,7 @@ OPTIONS = {
     "settings", "style", "concept", "negative", "out", "quiet", "model", "single-file", "variant", "device", "dtype",
     "seed", "steps", "guidance", "width", "height", "preset", "vanilla", "anchors", "dropout", "freeu", "no-freeu",
     "vae", "lora", "clip-skip", "chunk", "offload", "tile",
-    "separate-subjects", "ip-adapter", "ip-adapter-weight", "spacing", "prediction",
+    "separate-subjects", "ip-adapter", "ip-adapter-weight", "spacing", "prediction", "embedding",
 }
 
 

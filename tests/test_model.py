@@ -404,7 +404,7 @@ def test_a_story(pipe: ConsiStory) -> None:
         "model": pipe.name, "vae": None, "loras": [], "steps": 2, "guidance": 5.0, "negative_prompt": None,
         "clip_skip": 0, "anchors": 2, "width": 32, "height": 64, "dtype": "float32", "config": None,
         "fingerprint": pipe.fingerprint, "latents": None, "anchor_prompts": story.prompts[:2], "anchor_seeds": [7, 8],
-        "controls": [], "photos": None, "picture": None, "spacing": "leading", "prediction": "epsilon",
+        "controls": [], "photos": None, "picture": None, "spacing": "leading", "prediction": "epsilon", "words": [],
     }  # fmt: skip
 
 
