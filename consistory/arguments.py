@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 from operator import index
 
@@ -176,7 +177,8 @@ def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """[N, *shape] float32. Each image has a CPU generator of its own: the same noise on any device, in any batch."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators])
 
 
 # Where the noun phrase at the start of a subject ends: "a cat | with a hat", "an old man | who smiles".
@@ -184,10 +186,18 @@ PHRASE_END = re.compile(
     r"with|without|in|inside|on|at|by|from|near|under|over|above|behind|beside|between|for|to|like|as|and|or|of|"
     r"who|which|that|whose|made|dressed|covered|named|called|wrapped|[,.;:(]"
 )
-# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself.
+# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself or tells of one that
+# follows ("a cute smiling cat"). None does after words that take an object, nor before an adverb or what is no noun.
 NOUNS_IN_ING = re.compile(
     "king|ring|wing|string|spring|swing|thing|being|building|painting|drawing|clothing|ceiling|viking|earring|duckling|"
-    "gosling|sibling|darling|starling|pudding|dumpling|railing|wedding"
+    "gosling|sibling|darling|starling|pudding|dumpling|railing|wedding|evening|morning|lightning"
+)
+TAKES_AN_OBJECT = re.compile(
+    "wearing|holding|carrying|riding|eating|drinking|playing|reading|driving|wielding|using|having|watching|chasing"
+)
+NO_NOUN = re.compile(
+    r"a|an|the|his|her|its|their|my|your|our|this|these|those|some|two|three|up|down|away|alone|together|there|here|"
+    r"outside|upright|fast|high|\w+(?<!f)ly"
 )
 # "a pair of shoes" is about shoes, unlike "the queen of hearts".
 MEASURES = re.compile("pair|couple|group|bunch|herd|pack|piece|kind|portrait|picture|photo|painting|drawing")
@@ -199,18 +209,25 @@ def find_concept(subject: str) -> str:
     Raises ConsistoryError if there is none.
     """
     noun = ""
-    for word in re.findall(r"[\w'-]+|[,.;:(]", subject):
+    words = re.findall(r"(?:St|Mr|Mrs|Ms|Dr)\.|\d+[.,]\d+|[^\s,.;:!?()\[\]\"“”]+|[,.;:(]", subject)
+    for word, following in pairwise([*words, ","]):
         lower = word.lower()
-        participle = lower.endswith("ing") and not NOUNS_IN_ING.fullmatch(lower)
         if lower == "of" and MEASURES.fullmatch(noun.lower()):
             noun = ""
-        elif PHRASE_END.fullmatch(lower) or (noun and participle):
+        elif PHRASE_END.fullmatch(lower) or (noun and _is_participle(lower, following.lower())):
             break
         elif lower not in ("a", "an", "the"):
             noun = word
     if not noun:
         raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
     return noun
+
+
+def _is_participle(word: str, following: str) -> bool:
+    """Whether it tells of the noun before it, rather than of one that follows."""
+    if not word.endswith("ing") or NOUNS_IN_ING.fullmatch(word):
+        return False
+    return bool(TAKES_AN_OBJECT.fullmatch(word) or PHRASE_END.fullmatch(following) or NO_NOUN.fullmatch(following))
 
 
 def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:

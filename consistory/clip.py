@@ -97,8 +97,8 @@ class Preparation:
         resized: NDArray[np.uint8] = resize_bicubic(image, height, width)
         top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         cut = resized[top : top + self.crop[0], left : left + self.crop[1]]
-        colours = torch.from_numpy(cut.copy()).permute(2, 0, 1) / 255
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in (self.mean, self.deviation))
+        colours = torch.from_numpy(cut.copy()).permute(2, 0, 1).to(torch.float32) / 255
+        mean, deviation = (colours.new_tensor(values)[:, None, None] for values in (self.mean, self.deviation))
         return (colours - mean) / deviation
 
 
@@ -135,7 +135,7 @@ class ImageEncoder:
 
         None stands for a picture that has the mean colour all over. Raises ConsistoryError without Pillow.
         """
-        mean = torch.zeros(3, *self.prepare.crop)
+        mean = torch.zeros(3, *self.prepare.crop, dtype=torch.float32, device="cpu")
         pixels = torch.stack([mean if image is None else self.prepare(image) for image in images])
         return self.vision.penultimate(pixels.to(self.vision.visual_projection.weight.device)).cpu()
 

@@ -28,7 +28,7 @@ class Nearest:
 
 def smooth(features: Tensor) -> Tensor:
     """3x3 Gaussian (sigma 1, zero padding) over each channel of [N, C, h, w]."""
-    weights = torch.exp(-0.5 * torch.tensor([-1.0, 0.0, 1.0], device=features.device) ** 2)
+    weights = torch.exp(-0.5 * torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float32, device=features.device) ** 2)
     kernel = torch.outer(weights, weights)
     kernel = (kernel / kernel.sum()).to(features.dtype)
     channels = features.shape[1]

@@ -15,7 +15,7 @@ def alpha_bars(schedule: ScheduleConfig) -> Tensor:
     With zero terminal SNR, their square roots are shifted and scaled so that the last is 0 (Lin et al. 2023, alg. 1).
     """
     start, end = schedule.beta_start**0.5, schedule.beta_end**0.5
-    betas = torch.linspace(start, end, schedule.train_steps, dtype=torch.float32) ** 2
+    betas = torch.linspace(start, end, schedule.train_steps, dtype=torch.float32, device="cpu") ** 2
     bars = torch.cumprod(1 - betas, dim=0)
     if not schedule.zero_terminal_snr:
         return bars
@@ -39,7 +39,7 @@ def alpha_bar_after(schedule: ScheduleConfig, steps: int, t: int) -> Tensor:
     """alpha_bar at the timestep a step from t leads to, a scalar; past the last one it is that of t = 0, or 1."""
     previous = t - schedule.train_steps // steps
     if previous < 0 and schedule.final_alpha_one:
-        return torch.tensor(1.0)
+        return torch.tensor(1.0, dtype=torch.float32, device="cpu")
     return alpha_bars(schedule)[max(previous, 0)]
 
 

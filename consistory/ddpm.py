@@ -69,7 +69,8 @@ def noised(x0: Tensor, seeds: Sequence[int], schedule: ScheduleConfig, steps: in
     words = [np.random.SeedSequence([seed, 0]).generate_state(2) for seed in seeds]
     generators = [torch.Generator().manual_seed(int(high) << 32 | int(low)) for high, low in words]
     shape = 1 if fixed else steps, *x0.shape[1:]
-    eps = torch.stack([torch.randn(shape, generator=generator) for generator in generators], dim=1).to(x0)
+    draws = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
+    eps = torch.stack(draws, dim=1).to(x0)
     bars = ddim.alpha_bars(schedule)[ddim.timesteps(schedule, steps)].to(x0)
     return torch.cat([ddim.add_noise(x0, eps, bars[:, None, None, None, None]), x0[None]])
 

@@ -93,9 +93,11 @@ class Notes:
     readings: {step: float [E, Q, 1 + A, K]} attention of Q query patches to K patches of the own picture and of each
         anchor, both pooled to the same grid.  pulls: {step: float [E, P]} cosine distance from a query to the vanilla
         one that is blended in. Both are means over the heads and the decoder layers of the coarsest resolution.
+    latents: [N, 4, h, w] after the last step.
     """
 
     plan: Plan | None = None
+    latents: Tensor | None = None
     passes: list[list[Note]] = field(default_factory=list)
     stages: list[tuple[str, float]] = field(default_factory=list)
     readings: dict[int, Sum] = field(default_factory=dict)
@@ -177,7 +179,7 @@ class Trace(Observer):
         if before.step % math.ceil(plan.steps / STEPS) and after.step < plan.steps:
             return
         with self._aside(output):
-            self.notes.plan = plan
+            self.notes.plan, self.notes.latents = plan, after.x
             alpha_bar = ddim.alpha_bars(plan.schedule)[plan.timesteps[before.step]]
             x0, _ = ddim.predict(before.x, output, alpha_bar, plan.schedule.prediction)
             masks = cross_map = None
@@ -211,10 +213,12 @@ class Trace(Observer):
     def page(self, story: Story) -> str:
         """The whole page. Raises ConsistoryError if no story was watched, or only part of one, or Pillow is missing."""
         plan = self.notes.plan
-        if plan is None:
+        if plan is None or self.notes.latents is None:
             raise ConsistoryError("this trace has watched no story: hand it to the call, observer=trace")
         if len(plan.token_weights) != len(story.images):
             raise ConsistoryError("this trace has watched part of the story only: draw it without chunk and choose")
+        if not torch.equal(self.notes.latents.to(story.latents), story.latents):
+            raise ConsistoryError("this trace has watched another story: give the one that it was handed to last")
         arrays = Arrays()
         facts = describe_run(plan, story) | {
             "decoded": decodes(story),
@@ -322,13 +326,13 @@ def add_masks(arrays: Arrays, name: str, notes: list[Note], plan: Plan) -> dict[
 
     def masks(stride: int) -> Tensor:
         h, w = plan.sizes[stride]
-        empty = torch.zeros(shown(plan), h * w, dtype=torch.bool)
+        empty = torch.zeros(shown(plan), h * w, dtype=torch.bool, device="cpu")
         return torch.stack([empty if note.masks is None else note.masks[stride] for note in notes])
 
     def scaled(note: Note) -> Tensor:
         if note.cross_map is None:
             h, w = plan.sizes[coarse]
-            return torch.zeros(shown(plan), h * w)
+            return torch.zeros(shown(plan), h * w, dtype=torch.float32, device="cpu")
         least, most = (extreme(1, keepdim=True) for extreme in (note.cross_map.amin, note.cross_map.amax))
         return (note.cross_map - least) / (most - least).clamp(min=1e-12)
 

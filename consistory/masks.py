@@ -52,7 +52,8 @@ def draw_dropout(seed: int, stride: int, steps: int, anchors: int, patches: int,
     Every anchor and resolution has a CPU generator of its own, so the draws depend on the seed alone: not on the
     device, nor on how many images there are, nor on what else draws random numbers.
     """
-    draws = [torch.rand(steps, patches, generator=_generator(seed, stride, anchor)) for anchor in range(anchors)]
+    generators = [_generator(seed, stride, anchor) for anchor in range(anchors)]
+    draws = [torch.rand(steps, patches, generator=each, dtype=torch.float32, device="cpu") for each in generators]
     return torch.stack(draws, dim=1) >= p
 
 

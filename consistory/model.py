@@ -566,7 +566,7 @@ class ConsiStory:
     def token_weights(self, prompts: list[str], concepts: list[str]) -> Tensor:
         """[N, 77, K]. Raises ConsistoryError if a prompt lacks a concept."""
         if not concepts:
-            return torch.zeros(len(prompts), self.tokenizers[0].length, 0, device=self.device)
+            return torch.zeros(len(prompts), self.tokenizers[0].length, 0, dtype=torch.float32, device=self.device)
         columns = [self.tokenizers[0].concept_positions(prompts, concept) for concept in concepts]
         return torch.stack(columns, dim=-1).to(self.device)
 

@@ -69,7 +69,7 @@ def photo_model(plan: Plan, photos: PhotoConfig) -> ddpm.Predict:
 def with_photos(plan: Plan, trail: Trail, photos: PhotoConfig) -> Plan:
     """A plan whose anchors are photos: with a guidance of their own, on their trail."""
     images, device = len(plan.token_weights), plan.token_weights.device
-    guidance = plan.guidance * torch.ones(images, 1, 1, 1, device=device)
+    guidance = plan.guidance * torch.ones(images, 1, 1, 1, dtype=torch.float32, device=device)
     guidance[: plan.anchors] = photos.guidance
     return replace(
         plan, guidance=guidance, follow=trail.follow, anchors_read=photos.anchors_read, align_keys=photos.align_keys

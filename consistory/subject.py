@@ -156,7 +156,7 @@ class Subject:
         pipe.token_weights(prompts, self.recipe.concepts)
         ids = pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
         for word in pipe.words:
-            if not torch.isin(ids, torch.tensor(pipe.tokenizers[0].learned[word.name.lower()])).any():
+            if not (ids == pipe.tokenizers[0].learned[word.name.lower()][0]).any():
                 logger.warning("no prompt has the word %r, which is learned from %s", word.name, word.file)
         settings = self._settings(given, controls)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)

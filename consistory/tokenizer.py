@@ -99,14 +99,14 @@ class Tokenizer:
 
         What does not fit is cut off; unless `warn` is false (SDXL encodes each prompt twice) the log says what.
         """
-        ids = torch.full((len(prompts), self.length), self.pad)
+        ids = torch.full((len(prompts), self.length), self.pad, device="cpu")
         for row, prompt in zip(ids, prompts, strict=True):
             pieces = self._pieces(prompt)
             if warn and len(pieces) > self._room:
                 lost = prompt[pieces[self._room].start :]
                 logger.warning("the prompt is longer than %d tokens; this part is ignored: %r", self.length, lost)
             kept = [self.start, *(piece.id for piece in pieces[: self._room]), self.end]
-            row[: len(kept)] = torch.tensor(kept)
+            row[: len(kept)] = torch.tensor(kept, device="cpu")
         return ids
 
     def concept_positions(self, prompts: Sequence[str], concept: str) -> Tensor:
@@ -121,7 +121,7 @@ class Tokenizer:
         pieces = [piece.id for piece in self._pieces(concept)]
         if not pieces:
             raise ConsistoryError(f"the concept {concept!r} is empty: give a word or phrase that all prompts contain")
-        weights = torch.zeros(len(prompts), self.length)
+        weights = torch.zeros(len(prompts), self.length, dtype=torch.float32, device="cpu")
         for row, prompt in zip(weights, prompts, strict=True):
             found = _occurrences(pieces, self._pieces(prompt))
             kept = [start for start in found if start + len(pieces) <= self._room]

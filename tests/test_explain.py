@@ -309,6 +309,15 @@ def test_a_part_of_a_story_has_no_page(pipe: ConsiStory, options: dict[str, Any]
         trace.page(story)
 
 
+def test_another_story_has_no_page(pipe: ConsiStory) -> None:
+    trace = Trace()
+    call = CALL | {"steps": 1}
+    story = pipe(**call, observer=trace)
+    with pytest.raises(ConsistoryError, match="has watched another story"):
+        trace.page(pipe(**call, seed=9))
+    assert trace.page(story)
+
+
 def smooth_noise(*shape: int, seed: int) -> Tensor:
     """Detail at every scale, as a photograph has, 0 to 1. shape: [N, C, h, w]."""
     n, c, h, w = shape
@@ -328,6 +337,7 @@ def test_a_page_of_four_sdxl_pictures_is_under_ten_megabytes(watched: tuple[List
         watched[0].notes.plan, token_weights=torch.zeros(4, 77, 1), steps=50, latent_size=(128, 128)
     )
     x0 = smooth_noise(4, 4, 128, 128, seed=0).half()
+    trace.notes.latents = x0.float()
     masks = {s: smooth_noise(1, 4, 128 // s, 128 // s, seed=s)[0].flatten(1) > 0.5 for s in (2, 4)}
     cross_map = smooth_noise(1, 4, 32, 32, seed=7)[0].flatten(1)
     for steps in (range(37), range(5, 50)):

@@ -71,6 +71,19 @@ def test_prompts_need_a_setting() -> None:
         ("the witch's cat", "cat"),
         ("a T-shirt", "T-shirt"),
         ("ein kleiner Bär", "Bär"),
+        ("a cute smiling cat", "cat"),
+        ("a cat smiling", "cat"),
+        ("a cat sleeping on a sofa", "cat"),
+        ("a cat sitting quietly", "cat"),
+        ("a cat drinking tea", "cat"),
+        ("a cute dancing butterfly", "butterfly"),
+        ("a vintage sewing machine", "machine"),
+        ("a red evening dress with lace", "dress"),
+        ("a St. Bernard, sleeping", "Bernard"),
+        ("a 1.5 m tall robot", "robot"),
+        ("the dog’s “best” friend", "friend"),
+        ("a cafe\u0301", "cafe\u0301"),
+        ("एक बिल्ली", "बिल्ली"),
         ("a man in black", "man"),
         ("a dog (a poodle)", "dog"),
         ("a smiling woman", "woman"),
@@ -119,6 +132,29 @@ def test_noise_of_a_picture_depends_on_its_seed_alone() -> None:
     many = initial_noise(range(20), (4, 32, 32))
     assert abs(many.mean()) < 0.02
     assert abs(many.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("change", ["type", "device"])
+def test_torchs_defaults_do_not_matter(pipe: ConsiStory, golden_weights: Path, change: str, tmp_path: Path) -> None:
+    """Neither its type, from which random numbers would differ, nor its device, where nothing of ours is."""
+
+    def draw(pipe: ConsiStory) -> list[torch.Tensor]:
+        story = pipe(prompts=PROMPTS, concepts=["dog"], record=tmp_path / f"{change}.safetensors", **SMALL)
+        more = story.subject.extend(prompts=["a dog"])
+        photos = pipe.personalize(list(story.images), prompts=PROMPTS, concept="dog", **SMALL)
+        return [story.latents, more.latents, photos.extend(prompts=["a dog"]).latents]
+
+    expected = draw(pipe)
+    try:
+        if change == "type":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        actual = draw(ConsiStory.from_pretrained(golden_weights))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def test_two_anchors_or_one_for_a_single_picture() -> None:

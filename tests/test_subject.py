@@ -327,7 +327,7 @@ def test_another_spacing_is_refused(golden_weights: Path, grade: str, tmp_path: 
     story = trailing(subject="a cute dog", settings=SETTINGS[:1], width=64, height=64, steps=1)
     getattr(story.subject, grade)(tmp_path / "dog.safetensors")
     assert Subject.load(tmp_path / "dog.safetensors", trailing).recipe == story.subject.recipe
-    with pytest.raises(ConsistoryError, match="load the model with the spacing it was made with"):
+    with pytest.raises(ConsistoryError, match="load the model with the spacing and the prediction it was made with"):
         Subject.load(tmp_path / "dog.safetensors", ConsiStory.from_pretrained(golden_weights, spacing="leading"))
 
 
