@@ -11,21 +11,28 @@ from torch import Tensor
 Backend = Literal["reference", "packed", "fused"]
 
 
-def pick_backend(x: Tensor, backend: Backend | None = None, *, fits: bool = True) -> Backend:
+def pick_backend(x: Tensor, *others: Tensor, backend: Backend | None = None, fits: bool = True) -> Backend:
     """The backend asked for, else "fused" where `x` is a 16-bit CUDA tensor whose shape `fits`, else "packed".
 
+    others: what else a gradient might be wanted of, which kernels do not compute: "packed" then.
     GPUs before Ampere (compute capability 8.0) have too little shared memory for the kernels' blocks.
     Raises ValueError for a name that is no backend, and for "fused" where it cannot run.
     """
-    if backend == "fused" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the fused backend runs on a GPU, and the tensors are on {x.device}: leave backend out")
+    gradients = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others))
+    if backend == "fused":
+        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"the fused backend runs on a GPU, and the tensors are on {x.device}: leave backend out")
+        if not x.is_cuda and x.dtype == torch.bfloat16:
+            raise ValueError("Triton's interpreter is wrong in bfloat16: give float16 or float32")
+        if gradients:
+            raise ValueError("the fused backend computes no gradients: leave backend out, or use torch.no_grad()")
     if backend is not None:
         if backend not in get_args(Backend):
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
         return backend
     half = x.dtype in (torch.float16, torch.bfloat16)
     able = x.is_cuda and has_triton() and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return "fused" if able and half and fits else "packed"
+    return "fused" if able and half and fits and not gradients else "packed"
 
 
 @cache

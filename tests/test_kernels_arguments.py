@@ -104,8 +104,15 @@ def test_recorded_keys_need_values() -> None:
 def test_fused_needs_an_ampere(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    x: Any = SimpleNamespace(dtype=torch.float16, is_cuda=True, device=torch.device("cuda:0"))
-    assert pick_backend(x) == backend
+    given = {"dtype": torch.float16, "is_cuda": True, "device": torch.device("cuda:0")}
+    x: Any = SimpleNamespace(**given, requires_grad=False)
+    wanted: Any = SimpleNamespace(**given, requires_grad=True)
+    assert pick_backend(x, x) == backend
+    assert pick_backend(x, wanted) == "packed", "kernels compute no gradients"
+    with torch.no_grad():
+        assert pick_backend(x, wanted) == backend
+    with pytest.raises(ValueError, match="computes no gradients"):
+        pick_backend(wanted, x, backend="fused")
 
 
 def test_a_triton_that_is_too_old_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,4 +124,40 @@ def test_a_triton_that_is_too_old_is_left_alone(monkeypatch: pytest.MonkeyPatch)
 def test_fused_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="runs on a GPU, and the tensors are on cpu"):
-        pick_backend(torch.zeros(1), "fused")
+        pick_backend(torch.zeros(1), backend="fused")
+
+
+def test_fused_is_not_interpreted_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert pick_backend(torch.zeros(1), backend="fused") == "fused"
+    with pytest.raises(ValueError, match="interpreter is wrong in bfloat16"):
+        pick_backend(torch.zeros(1, dtype=torch.bfloat16), backend="fused")
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [(each, name) for each, given in FITTING.items() for name, x in given.items() if x.is_floating_point()],
+)
+def test_gradients_reach_every_input(operator: Callable[..., Any], name: str) -> None:
+    arguments = FITTING[operator] | OTHERS.get(operator, {})
+    wanted = arguments[name].clone().requires_grad_()
+    output = operator(**arguments | {name: wanted})
+    (gradient,) = torch.autograd.grad((output if isinstance(output, Tensor) else output[-1]).sum(), wanted)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("anchors", [-1, 0, N + 1])
+def test_injection_needs_sources(anchors: int) -> None:
+    given = {name: x for name, x in FITTING[inject].items() if name != "anchor_x"}
+    with pytest.raises(ValueError, match=f"anchors is {anchors}: give how many of the 3 images"):
+        inject(**given, alpha=0.8, anchors=anchors)
+
+
+def test_anchors_are_in_the_batch_or_recorded() -> None:
+    given = FITTING[attention_with_options]
+    few = {name: x[:, :1] if x.dim() == 5 else x for name, x in given.items() if not name.startswith("anchor")}
+    few |= {"share": few["share"][:1], "query_region": few["query_region"][:1]}
+    with pytest.raises(ValueError, match="2 anchors, but there are 1 images: give anchor_k and anchor_v"):
+        attention_with_options(**few)
+    with pytest.raises(ValueError, match=r"q is \[3, 2, 16, 8\]: it has to be \[halves, images"):
+        attention_with_options(**given | {"q": given["q"][0]})

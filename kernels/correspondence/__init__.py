@@ -23,7 +23,7 @@ def match(
     """
     check_shapes(source=(source, (len(source), *target.shape[1:])), source_mask=(source_mask, source.shape[:2]))
     check_masks(source_mask=source_mask)
-    chosen = pick_backend(target, backend)
+    chosen = pick_backend(target, source, backend=backend)
     if chosen == "fused":
         from consistory.kernels.correspondence import fused
 

@@ -24,7 +24,8 @@ def cross_attention(
     (batch, heads, _, head_size), tokens, concepts = q.shape, k.shape[2], token_weights.shape[-1]
     keys = batch, heads, tokens, head_size
     check_shapes(k=(k, keys), v=(v, keys), token_weights=(token_weights, (batch, tokens, concepts)))
-    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 64 and k.shape[2] <= 128)
+    fits = 16 <= head_size <= 64 and tokens <= 128 and concepts > 0
+    chosen = pick_backend(q, k, v, token_weights, backend=backend, fits=fits)
     if chosen == "fused":
         from consistory.kernels.cross_attention import fused
 

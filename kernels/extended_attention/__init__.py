@@ -35,9 +35,13 @@ def extended_attention(
     Raises ValueError for shapes that do not fit together, masks that are not of booleans, one of `anchor_k` and
     `anchor_v` alone, or an unknown backend.
     """
+    if q.dim() != 5:
+        raise ValueError(f"q is {list(q.shape)}: it has to be [halves, images, heads, patches, head size]")
     (g, n, h, p, d), anchors = q.shape, len(key_mask)
     if (anchor_k is None) != (anchor_v is None):
         raise ValueError("one of anchor_k and anchor_v is given alone: give both or neither")
+    if anchor_k is None and anchors > n:
+        raise ValueError(f"key_mask has {anchors} anchors, but there are {n} images: give anchor_k and anchor_v")
     if anchor_k is None or anchor_v is None:
         anchor_k, anchor_v = k[:, :anchors], v[:, :anchors]
     recorded = g, anchors, h, p, d
@@ -48,7 +52,8 @@ def extended_attention(
         check_shapes(q_vanilla=(q_blend[0], q.shape))
     if regions is not None:
         check_shapes(query_region=(regions[0], (n, p)), key_region=(regions[1], (anchors, p)))
-    chosen = pick_backend(q, backend, fits=16 <= q.shape[-1] <= 128)
+    others = k, v, anchor_k, anchor_v, *([] if q_blend is None else [q_blend[0]])
+    chosen = pick_backend(q, *others, backend=backend, fits=16 <= d <= 128)
     if chosen == "fused":
         from consistory.kernels.extended_attention import fused
 

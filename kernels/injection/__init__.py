@@ -39,7 +39,9 @@ def inject(
     check_masks(inject_mask=inject_mask)
     if anchor_x is not None:
         check_shapes(anchor_x=(anchor_x, (len(anchor_x), *x.shape[1:])))
-    chosen = pick_backend(x, backend)
+    elif not 0 < anchors <= len(x):
+        raise ValueError(f"anchors is {anchors}: give how many of the {len(x)} images are sources, or anchor_x")
+    chosen = pick_backend(x, *([] if anchor_x is None else [anchor_x]), backend=backend)
     if chosen == "fused":
         from consistory.kernels.injection import fused
 
