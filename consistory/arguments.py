@@ -56,6 +56,12 @@ def check_texts(name: str, value: Iterable[object] | None) -> list[str]:
     return texts
 
 
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raises ConsistoryError for a value of another type."""
+    if not isinstance(value, kind):
+        raise ConsistoryError(f"{name} is {value!r}: give a {kind.__name__}")
+
+
 def check_whole(name: str, number: int) -> int:
     """The number, NumPy's or another library's as Python's. Raises ConsistoryError for one of a type with fractions."""
     try:
@@ -71,11 +77,12 @@ def check_number(name: str, number: float) -> float:
     return float(number)
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises ConsistoryError unless there are 1 to 100 prompts, in a list."""
-    check_texts("prompts", prompts)
-    if not 1 <= len(prompts) <= 100:
-        raise ConsistoryError(f"{len(prompts)} prompts are given: a story has 1 to 100 pictures")
+def check_prompts(prompts: Iterable[str]) -> list[str]:
+    """Them, as a list. Raises ConsistoryError unless there are 1 to 100."""
+    texts = check_texts("prompts", prompts)
+    if not 1 <= len(texts) <= 100:
+        raise ConsistoryError(f"{len(texts)} prompts are given: a story has 1 to 100 pictures")
+    return texts
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
@@ -247,8 +254,9 @@ def choose_concepts(concepts: Sequence[str] | None, subject: str, config: Consis
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, with its number. Raises ConsistoryError for one that this machine does not have."""
+    """The device, with its number. Raises ConsistoryError for one that this machine lacks, or that holds no data."""
     try:
+        torch.zeros(1, device=device).item()
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

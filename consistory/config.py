@@ -341,19 +341,22 @@ class ConsistoryConfig:
                 raise ConsistoryError(f"{name} is {getattr(self, name)!r}: use True or False")
         if not isinstance(self.injection_window, tuple | list) or len(self.injection_window) != 2:
             raise ConsistoryError(f"injection_window is {self.injection_window}: use two fractions of the steps")
+        for name, kind in (("query_blend", QueryBlend), ("freeu", FreeU)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                raise ConsistoryError(f"{name} is {getattr(self, name)!r}: use {kind.__name__}() or None")
         first, last = self.injection_window
-        if not 0 <= first <= last <= 1:
-            raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
         shares = {"dropout": self.dropout, "alpha": self.alpha}
         shares |= {"injection_window[0]": first, "injection_window[1]": last} | _fields("query_blend", self.query_blend)
         for name, value in shares.items():
             if not isinstance(value, float | int) or not 0 <= value <= 1:
                 raise ConsistoryError(f"{name} is {value!r}: use a number from 0 to 1, one of Python's own")
+        if first > last:
+            raise ConsistoryError(f"injection_window is {self.injection_window}: use two rising fractions of the steps")
         for name, value in _fields("freeu", self.freeu).items():
             if not isinstance(value, float | int):
                 raise ConsistoryError(f"{name} is {value!r}: use a number, one of Python's own")
-        for name, whole in (("dift_timestep", self.dift_timestep), ("mask_history", self.mask_history or 0)):
-            if not isinstance(whole, int):
+        for name, whole in (("dift_timestep", self.dift_timestep), ("mask_history", self.mask_history)):
+            if not isinstance(whole, int) and not (whole is None and name == "mask_history"):
                 raise ConsistoryError(f"{name} is {whole!r}: use a whole number, one of Python's own")
         if self.separate_subjects and not self.masking:
             raise ConsistoryError("separate_subjects needs masks to tell the subjects apart: use masking=True")

@@ -29,6 +29,7 @@ from consistory.weights.errors import ConsistoryError
 from .arguments import check_number, check_whole, usable_device
 from .attention import AttentionControl
 from .config import ControlNetConfig
+from .images import is_rgb
 from .unet import Conditioning, Encoded, Encoder, UNet
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Control:
             raise ConsistoryError(f"a control acts from {self.start} to {self.end}: use rising fractions of the steps")
         for image in self.images:
             given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            if not is_rgb(image):
                 raise ConsistoryError(f"a control picture is {given}: give arrays uint8 [H, W, 3], in RGB")
 
     def steered(self, pictures: int) -> list[int]:
@@ -283,6 +284,8 @@ def check_controls(
 
     stride: pixels per latent.  device: where the model runs, wherever its weights lie.
     """
+    if not isinstance(controls, Sequence) or not all(isinstance(control, Control) for control in controls):
+        raise ConsistoryError(f"controls are {controls!r}: give a list of Control")
     for number, control in enumerate(controls, start=1):
         label = f"control {number} ({control.net.name})"
         _check_net(label, control.net, unet, stride, device)

@@ -233,6 +233,11 @@ def is_picture(path: Path) -> bool:
         return not path.is_dir()
 
 
+def is_rgb(x: object) -> bool:
+    """Whether it is a picture: uint8 [H, W, 3], with pixels."""
+    return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
+
+
 def is_record(path: Path) -> bool:
     """Whether a story's record is there. They are written whole, so that a damaged one is somebody else's."""
     try:

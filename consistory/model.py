@@ -25,6 +25,7 @@ from .arguments import (
     check_clip_skip,
     check_either,
     check_finite,
+    check_kind,
     check_latents,
     check_list,
     check_negative,
@@ -204,8 +205,8 @@ class ConsiStory:
         vae: str | Path | None, loras: LoRAs, offload: bool, tile: int | None,
     ) -> ConsiStory:
         check_tile(tile)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConsistoryError(f"dtype is {dtype!r}: give one of torch's, such as torch.float16")
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ConsistoryError(f"dtype is {dtype!r}: give torch.float16, bfloat16, float32 or float64")
         home = torch.device("cpu") if offload else device
         unet, autoencoder = parts["unet"][0], parts["vae"][0]
         if unet["in_channels"] != autoencoder["latent_channels"]:
@@ -336,10 +337,10 @@ class ConsiStory:
         """
         if config is None:
             config = ConsistoryConfig.control() if controls else ConsistoryConfig()
+        check_kind("config", config, ConsistoryConfig)
         check_either(settings, style, prompts)
-        prompts = compose_prompts(subject, settings, style) if prompts is None else prompts
-        check_prompts(prompts)
-        prompts, images = list(prompts), len(prompts)
+        prompts = check_prompts(compose_prompts(subject, settings, style) if prompts is None else prompts)
+        images = len(prompts)
         height, width = self._check_size(height, width)
         anchors = check_anchors(anchors, images)
         steps, guidance = check_sampling(steps, self.schedule, guidance)
@@ -452,7 +453,8 @@ class ConsiStory:
 
         images: photos of the subject, as paths of files or uint8 [H, W, 3] of any size; what does not have the model's
             size is cut to its centre and resized.
-        subject, style: a photo's prompt is "{style} {subject}"; or give `prompts`, one for each photo.
+        subject, style: a photo's prompt is "{style} {subject}", unless `prompts` are given, one for each photo; and
+            prompts of settings begin so.
         concept: word or phrase for the subject, or several; by default the subject's head noun.
         method: "inversion" | "noise", photo_guidance, align_keys, anchors_read: see `PhotoConfig`.
         seed: of the photos' noise.  config: by default `ConsistoryConfig.photos()`.
@@ -460,11 +462,10 @@ class ConsiStory:
 
         Raises ConsistoryError if a photo cannot be read or the arguments do not fit together or do not fit the model.
         """
-        config = config or ConsistoryConfig.photos()
+        config = ConsistoryConfig.photos() if config is None else config
+        check_kind("config", config, ConsistoryConfig)
         check_photos(images)
-        if prompts is None:
-            prompts = compose_prompts(subject, [""] * len(images), style)
-        check_prompts(prompts)
+        prompts = check_prompts(compose_prompts(subject, [""] * len(images), style) if prompts is None else prompts)
         if len(prompts) != len(images):
             raise ConsistoryError(f"{len(prompts)} prompts are given for {len(images)} photos: give one for each")
         height, width = self._check_size(height, width)
@@ -474,9 +475,9 @@ class ConsiStory:
         check_negative(negative_prompt, guidance)
         seeds = expand_seeds(seed, len(images))
         concepts = choose_concepts([concept] if isinstance(concept, str) else concept, subject, config)
-        self.token_weights(list(prompts), concepts)  # every prompt has to contain them
+        self.token_weights(prompts, concepts)  # every prompt has to contain them
         recipe = Recipe(
-            prompts=list(prompts), seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
+            prompts=prompts, seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
             guidance=guidance, negative_prompt=negative_prompt, width=width, height=height, next_seed=max(seeds) + 1,
             config=config, photos=photos,
         )

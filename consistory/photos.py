@@ -22,7 +22,7 @@ from consistory.weights.errors import ConsistoryError
 
 from . import ddpm
 from .config import PhotoConfig
-from .images import Pixels, read_picture
+from .images import Pixels, is_rgb, read_picture
 from .story import Follow, Plan, State, guided_output
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,14 @@ def check_photos(photos: Sequence[Photo]) -> None:
     """Raises ConsistoryError unless there is at least one photo, in a list, each a path or uint8 [H, W, 3]."""
     if isinstance(photos, (str, Path)) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
         raise ConsistoryError("images are a single photo: give a list of them")
+    if not isinstance(photos, (Sequence, np.ndarray)):
+        raise ConsistoryError(f"images are a {type(photos).__name__}: give a list of photos")
     if not len(photos):
         raise ConsistoryError("no photo is given: give one or more pictures of the subject")
     for photo in photos:
         if isinstance(photo, (str, Path)):
             continue
-        if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        if not is_rgb(photo):
             kind = f"{photo.dtype} {list(photo.shape)}" if isinstance(photo, np.ndarray) else type(photo).__name__
             raise ConsistoryError(f"a photo is {kind}: give a path, or a uint8 array [H, W, 3]")
 

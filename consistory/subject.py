@@ -104,8 +104,8 @@ class Subject:
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; anchors are run along if not recorded.
 
-        seed: as for a story; by default the seeds go on after those used so far. `latents` [N, 4, h, w] are noise
-            given outright.
+        seed: as for a story; by default seeds go on after those that led to this subject. To go on from there in turn,
+            extend the new story's `subject`. `latents` [N, 4, h, w] are noise given outright.
         chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
         controls: ControlNets for the new pictures. The anchors keep their own.
         on_step, choose, on_picture: as for a story. Only new pictures count.
@@ -116,9 +116,9 @@ class Subject:
         check_either(settings, "", prompts)
         if prompts is None and not recipe.subject:
             raise ConsistoryError("this subject was drawn from whole prompts: extend it with prompts=[...] from Python")
-        prompts = compose_prompts(recipe.subject, settings, recipe.style) if prompts is None else prompts
-        check_prompts(prompts)
-        prompts = list(prompts)
+        prompts = check_prompts(
+            compose_prompts(recipe.subject, settings, recipe.style) if prompts is None else prompts
+        )
         seeds = expand_seeds(recipe.next_seed if seed is None else seed, len(prompts))
         shape = self.pipe.latent_shape(recipe.height, recipe.width)
         noise = initial_noise(seeds, shape) if latents is None else latents

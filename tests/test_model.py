@@ -236,6 +236,9 @@ def test_texts_may_be_numpys(pipe: ConsiStory) -> None:
         ({"chunk": 1.0}, "chunk is 1.0: give a whole number"),
         ({"clip_skip": 1.0}, "clip_skip is 1.0: give a whole number"),
         ({"latents": [0.0]}, r"latents are a list: give a tensor \[2, 4, 8, 4\]"),
+        ({"config": {"dropout": 0.5}}, "config is {'dropout': 0.5}: give a ConsistoryConfig"),
+        ({"controls": None}, "controls are None: give a list of Control"),
+        ({"controls": ["depth.safetensors"]}, "give a list of Control"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -257,6 +260,10 @@ def test_bad_arguments(pipe: ConsiStory, arguments: dict[str, Any], says: str) -
         ({"injection_window": (0.1, np.float32(0.3))}, "one of Python's own"),
         ({"freeu": FreeU(s1=np.float32(0.6))}, "freeu.s1 is .*one of Python's own"),
         ({"injection_window": 0.3}, "use two fractions"),
+        ({"injection_window": ("0.1", "0.3")}, r"injection_window\[0\] is '0.1': use a number"),
+        ({"freeu": True}, r"freeu is True: use FreeU\(\) or None"),
+        ({"query_blend": 0.9}, r"query_blend is 0.9: use QueryBlend\(\) or None"),
+        ({"mask_history": ""}, "mask_history is '': use a whole number"),
         ({"injection_window": np.array([0.1, 0.3])}, "use two fractions"),
         ({"masking": np.True_}, "masking is .*use True or False"),
         ({"dift_timestep": np.int64(261)}, "dift_timestep is .*one of Python's own"),
@@ -272,7 +279,7 @@ def test_bad_settings(settings: dict[str, Any], says: str) -> None:
         ConsistoryConfig(**settings)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "quantum", ""])
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", "", "meta"])
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(ConsistoryError, match=r"cannot be used.*use cpu, cuda or mps") as error:
         usable_device(device)
@@ -281,8 +288,9 @@ def test_devices_that_are_not_there(device: str) -> None:
 
 
 def test_a_dtype_by_its_name(golden_weights: Path) -> None:
-    with pytest.raises(ConsistoryError, match="dtype is 'float16': give one of torch's"):
-        ConsiStory.from_pretrained(golden_weights, dtype="float16")
+    for dtype in ("float16", torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ConsistoryError, match=f"dtype is {dtype!r}: give torch.float16, bfloat16"):
+            ConsiStory.from_pretrained(golden_weights, dtype=dtype)
 
 
 def test_a_checkpoint_on_a_device_that_is_not_there(golden_weights: Path) -> None:

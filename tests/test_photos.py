@@ -178,7 +178,9 @@ def test_prompts_are_plain_unless_given(pipe: ConsiStory) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"images": []}, "no photo"), ({"images": "x.png"}, "single photo"), ({"images": picture(0)}, "single photo"),
+        ({"images": []}, "no photo"), ({"images": None}, "images are a NoneType: give a list"),
+        ({"images": [np.zeros((0, 5, 3), np.uint8)]}, r"uint8 \[0, 5, 3\]"),
+        ({"images": "x.png"}, "single photo"), ({"images": picture(0)}, "single photo"),
         ({"images": [picture(0) / 255]}, "float64"), ({"images": [picture(0)[..., 0]]}, "uint8"),
         ({"images": [Path("nothing.png")]}, "no file nothing.png"), ({"method": "magic"}, "magic"),
         ({"prompts": ["a dog"]}, "1 prompts are given for 2 photos"), ({"concept": "cat"}, "cat"),
