@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from consistory.weights.errors import ConsistoryError
 
 from .config import CONTROL_DROPOUT, PREDICTIONS, ConsistoryConfig, FreeU
-from .images import GRID, PAGE, Album, Pixels, Record, check_can_save, check_free, every_picture, read_picture
+from .images import (
+    GRID,
+    PAGE,
+    RECORD,
+    Album,
+    Pixels,
+    Record,
+    check_can_save,
+    check_free,
+    every_picture,
+    picture_names,
+    read_picture,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import: never before the arguments are parsed
     from .controlnet import Control, ControlNet
@@ -112,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 then, so that torchrun does not end it before it has.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be for a terminal that cannot show a folder's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     first = torchrun_rank() in (None, 0)
     act: Callable[[argparse.Namespace], str]
     with nullcontext() if first else silence():
@@ -132,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, SharedError) and not first:
             return 0
         print("consistory: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a name that is too long
+        print("consistory: error:", f"{error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:
@@ -174,8 +191,11 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
         if trace is not None:
             return every_picture(record)
         kept = len(record["prompts"]) - len(missing)
-        if kept and ranks.rank == 0 and not args.quiet:
-            print(f"{kept} of {len(record['prompts'])} pictures are in {args.out} already")
+        if ranks.rank == 0 and not args.quiet:
+            if missing and getattr(args, "concept", []) is None and record["concepts"]:
+                print(f'What stays the same is the "{record["concepts"][0]}"; --concept names something else')
+            if kept:
+                print(f"{kept} of {len(record['prompts'])} pictures are in {args.out} already")
         return missing or [0] * (subject_file is not None)  # a subject is kept from a run of the anchors
 
     def check_and_make(**callbacks: Any) -> Story:
@@ -183,9 +203,7 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
             check_can_save(args.out)
             check_free(args.out, len(args.settings), page=trace is not None)
             if subject_file is not None:
-                check_can_save(subject_file.absolute().parent)
-                if subject_file.is_dir():
-                    raise ConsistoryError(f"{subject_file} is a folder: name a file for the subject to be kept in")
+                check_subject_file(args, subject_file)
         return make(args, ranks, **callbacks)
 
     with nullcontext(Ranks()) if torchrun_rank() is None else torchrun_ranks() as ranks:
@@ -199,6 +217,23 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
         return f"The story is in {args.out}: look at {args.out / GRID}"
     trace.save(story, args.out / PAGE)
     return f"The story is in {args.out}: look at {args.out / GRID} and, in a browser, {args.out / PAGE}"
+
+
+def check_subject_file(args: argparse.Namespace, file: Path) -> None:
+    """Raises ConsistoryError if the subject cannot be kept there, or something else would be lost by it."""
+    from .subject import kept_in
+
+    check_can_save(file.absolute().parent)
+    if file.is_dir():
+        raise ConsistoryError(f"{file} is a folder: name a file for the subject to be kept in")
+    own = (*picture_names(len(args.settings)), GRID, RECORD, PAGE)
+    if file.resolve() in [(args.out / name).resolve() for name in own]:
+        raise ConsistoryError(f"{file} is one of the story's own files: name another one for the subject to be kept in")
+    kept = kept_in(file)
+    if file.exists() and kept is None:
+        raise ConsistoryError(f"{file} is no subject file, and would be overwritten: name another one")
+    if kept == "recording" and not getattr(args, "record", False):
+        raise ConsistoryError(f"{file} holds a recording, which would be lost: add --record, or name another file")
 
 
 def draw(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Story:
@@ -262,17 +297,15 @@ def evaluate(args: argparse.Namespace) -> str:
 
     check_can_save(args.out)
     sets = read_sets(args.sets)
-    options = (
-        "variant", "vae", "lora", "embedding", "ip_adapter", "ip_adapter_weight", "spacing", "prediction", "dtype",
-    )  # fmt: skip
+    names = ("variant", "vae", "lora", "embedding", "ip_adapter", "ip_adapter_weight", "spacing", "prediction")
+    options = {"dtype": dtype_of(args), **{name: getattr(args, name) for name in names}}
     with told_if_out_of_memory():
         clip = None if args.clip is None else CLIP.from_pretrained(args.clip, device=device_of(args))
         with progress_bar(args.quiet) as on_step:
             return evaluate(
                 sets, args.out, lambda: load(args, Ranks()), clip=clip, model=args.single_file or args.model,
-                options={name: getattr(args, name) for name in options}, seed=args.seed, steps=args.steps,
-                guidance=args.guidance, clip_skip=args.clip_skip, anchors=args.anchors, width=args.width,
-                height=args.height, config=method(args), on_step=on_step,
+                options=options, seed=args.seed, steps=args.steps, guidance=args.guidance, clip_skip=args.clip_skip,
+                anchors=args.anchors, width=args.width, height=args.height, config=method(args), on_step=on_step,
             )  # fmt: skip
 
 
@@ -328,8 +361,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
     device = device_of(args)
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local}"
-    dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    options = {"device": device, "dtype": dtype, "vae": args.vae, "loras": args.lora}
+    options = {"device": device, "dtype": getattr(torch, dtype_of(args)), "vae": args.vae, "loras": args.lora}
     options |= {"spacing": args.spacing, "prediction": args.prediction}
     memory = {"offload": args.offload, "tile": args.tile}
     picture = None if args.ip_adapter is None else read_picture(Path(args.ip_adapter[-1]))
@@ -358,6 +390,10 @@ def device_of(args: argparse.Namespace) -> str:
     import torch
 
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    return args.dtype or ("float16" if device_of(args).startswith("cuda") else "float32")
 
 
 def read_controls(args: argparse.Namespace) -> list[list[Pixels]]:
@@ -410,7 +446,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     # With a delay, the bar appears with the first step: arguments that do not fit are told without one.
-    with tqdm(desc="drawing", unit="step", delay=0.01, disable=True if quiet else None) as bar:
+    with tqdm(desc="drawing", unit="step", delay=0.01, disable=True if quiet or sys.stderr is None else None) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total
@@ -445,7 +481,7 @@ class Parser(argparse.ArgumentParser):
     """An error is one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"consistory: error: {message} (see consistory --help)\n")
+        self.exit(2, f"consistory: error: {message} (see {self.prog} --help)\n")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

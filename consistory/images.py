@@ -59,7 +59,9 @@ def save_story(story: Pictures, folder: Path) -> None:
     No file is ever seen half written, and story.json, which names the others, comes last.
     Raises ConsistoryError if Pillow is missing, the folder cannot be written or somebody else's file is in the way.
     """
-    check_free(folder, len(story.prompts))
+    if not len(story.images):
+        raise ConsistoryError("the story has no pictures: there is nothing to save")
+    check_free(folder, len(story.images))
     album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
     for index, image in enumerate(story.images):
         album.add(index, image)
@@ -90,6 +92,9 @@ class Album:
 
     folder: Path
     record: Record = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
 
     def begin(self, record: Record) -> list[int]:
         """The indices of the pictures that the folder lacks. `record` describes the story.
@@ -192,7 +197,7 @@ def check_can_save(folder: Path) -> None:
     """
     _pillow()
     try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = [path for path in (folder, *folder.parents) if not path.exists() and path.name != ".."]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

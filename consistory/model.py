@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ TILE = 32  # rows
 LoRAs = Sequence[str | Path | tuple[str | Path, float]]  # files, with weights other than 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Story:
     """Pictures of one subject, and how they came about.
 
@@ -74,15 +74,15 @@ class Story:
     subject: the anchors, for more pictures of the same subject.
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] = field(repr=False)
     prompts: list[str]
     concepts: list[str]
     seeds: list[int]
-    settings: dict[str, Any]
-    latents: Tensor
-    masks: dict[int, Tensor]
-    nearest: dict[int, Nearest]
-    subject: Subject
+    settings: dict[str, Any] = field(repr=False)
+    latents: Tensor = field(repr=False)
+    masks: dict[int, Tensor] = field(repr=False)
+    nearest: dict[int, Nearest] = field(repr=False)
+    subject: Subject = field(repr=False)
 
     def select(self, pictures: slice) -> Story:
         """The story with some of its pictures only."""
@@ -119,22 +119,22 @@ class Story:
         save_story(self, Path(folder))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConsiStory:
     """An SDXL checkpoint, ready to tell stories: `ConsiStory.from_pretrained("sprites")(subject="a cat", ...)`."""
 
     name: str
-    tokenizers: tuple[Tokenizer, Tokenizer]
-    text_encoders: tuple[TextEncoder, TextEncoder]
-    unet: UNet
-    vae: VAE
+    tokenizers: tuple[Tokenizer, Tokenizer] = field(repr=False)
+    text_encoders: tuple[TextEncoder, TextEncoder] = field(repr=False)
+    unet: UNet = field(repr=False)
+    vae: VAE = field(repr=False)
     schedule: ScheduleConfig
     zero_negative: bool  # without a negative prompt, the unconditional context and pooled state are zeros
     device: torch.device
     tile: int | None = None
     other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
-    loras: tuple[lora.LoRA, ...] = ()  # what is merged into the weights
-    picture: PicturePrompt | None = None  # beside every prompt
+    loras: tuple[lora.LoRA, ...] = field(default=(), repr=False)  # what is merged into the weights
+    picture: PicturePrompt | None = field(default=None, repr=False)  # beside every prompt
     words: tuple[Word, ...] = ()  # that prompts may use beside the vocabulary
 
     @classmethod

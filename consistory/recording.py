@@ -85,6 +85,10 @@ class Recorded:
         self._names = set(self._file.keys())
         self._unet = unet
 
+    def __reduce__(self) -> tuple[type[Recorded], tuple[Path, UNet]]:
+        """Copies open the file again, which cannot be copied."""
+        return Recorded, (self.path, self._unet)
+
     def call(self, call: Call) -> RecordedCall:
         return RecordedCall(self, call, self._masks({s: _mask_name(call, s) for s in self._unet.strides}))
 

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class Recipe:
     photos: PhotoConfig | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """Anchors and the model that drew them.
 
@@ -85,13 +85,13 @@ class Subject:
     photos: [A, 4, h, w] their latents, if the anchors are photos.
     """
 
-    pipe: ConsiStory
+    pipe: ConsiStory = field(repr=False)
     recipe: Recipe
-    masks: Mapping[int, Tensor]
-    latents: Tensor | None = None
+    masks: Mapping[int, Tensor] = field(repr=False)
+    latents: Tensor | None = field(default=None, repr=False)
     recorded: Recorded | None = None
-    controls: Sequence[Control] = ()
-    photos: Tensor | None = None
+    controls: Sequence[Control] = field(default=(), repr=False)
+    photos: Tensor | None = field(default=None, repr=False)
     steered: bool = False
 
     def extend(
@@ -327,6 +327,16 @@ class Subject:
             net = find_net(path, control.pop("net"), control.pop("fingerprint"), loaded, pipe)
             controls.append(Control(net=net, images=list(tensors[f"controls.{number}"].numpy()), **control))
         return cls(pipe, recipe, masks, latents, None, controls, tensors.get("photos"))
+
+
+def kept_in(path: str | Path) -> str | None:
+    """What a subject file holds, "recipe" or "recording"; None for another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return metadata.get("grade") if metadata.get("format") == FORMAT else None
 
 
 def find_net(

@@ -13,7 +13,7 @@ two text encoders, `clip_l` and `clip_g`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -24,12 +24,12 @@ from consistory.weights.loading import is_finite, listed, open_safetensors
 KEYS = ("clip_l", "clip_g")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Word:
     """name: how prompts write it, in any case.  vectors: [V, C] for each text encoder.  file: that they are from."""
 
     name: str
-    vectors: tuple[Tensor, Tensor]
+    vectors: tuple[Tensor, Tensor] = field(repr=False)
     file: str
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -119,6 +120,41 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert command(*CAT, "--out", out, "--save-subject", tmp_path) == 2
     assert "is a folder: name a file" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["story.json", "02.png", "grid.png", "story.html"])
+def test_a_subject_is_not_kept_in_the_storys_own_files(name: str, tmp_path: Path, capsys: Capture) -> None:
+    assert command(*CAT, "--out", tmp_path / "out", "--save-subject", tmp_path / "out" / ".." / "out" / name) == 2
+    assert f"{name} is one of the story's own files" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subject_takes_the_place_of_no_other_file(tmp_path: Path, capsys: Capture) -> None:
+    """Of another recipe it does."""
+    file, quick = tmp_path / "cat.safetensors", [*CAT, "--steps", "1", "--width", "16", "--height", "16"]
+    save_file({"x": torch.zeros(1)}, file)
+    line = [*quick, "--out", tmp_path / "out", "--save-subject", file]
+    assert command(*line) == 2
+    assert "cat.safetensors is no subject file, and would be overwritten" in capsys.readouterr().err
+    file.unlink()
+    assert command(*line) == 0 and command(*line, "--record") == 0 and command(*line, "--record") == 0
+    recording = file.read_bytes()
+    assert command(*line) == 2
+    assert "holds a recording, which would be lost" in capsys.readouterr().err
+    assert file.read_bytes() == recording
+
+
+def test_a_folder_beside_one_that_is_not_there(tmp_path: Path) -> None:
+    out = tmp_path / "none" / ".." / "out"
+    assert command(*CAT, "--steps", "1", "--width", "16", "--height", "16", "--out", out) == 0
+    assert (tmp_path / "out" / "grid.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--single-file", "--lora", "--vae", "--embedding", "--save-subject"])
+def test_a_name_that_is_too_long(option: str, tmp_path: Path, capsys: Capture) -> None:
+    assert command(*CAT, "--out", tmp_path / "out", option, "x" * 300 + ".safetensors") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("consistory: error:") and "too long" in line
 
 
 @pytest.mark.parametrize(
@@ -250,6 +286,23 @@ def test_python_m_consistory_is_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"The story is in there: look at {Path('there') / 'grid.png'}"
     assert (tmp_path / "there" / "02.png").exists()
+
+
+def test_what_stays_the_same_is_told_if_it_was_guessed(tmp_path: Path, capsys: Capture) -> None:
+    line = [*CAT, "--steps", "1", "--width", "16", "--height", "16", "--out", tmp_path]
+    for number, options in enumerate(([], [], ["--concept", "cat", "--seed", "1"], ["--vanilla"])):
+        assert command(*line, *options) == 0
+        told = 'What stays the same is the "cat"; --concept' in capsys.readouterr().out
+        assert told == (number == 0), "the second time, there is nothing to draw"
+
+
+def test_the_command_needs_no_terminal(tmp_path: Path) -> None:
+    """Nothing to draw a bar on, and an output that cannot show the folder's name."""
+    line = f"'{sys.executable}' -m consistory 'a cat' --settings x --steps 1 --width 16 --height 16 --out 日本 2>&-"
+    shell = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(line, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, timeout=300, env=shell)
+    assert done.returncode == 0 and (tmp_path / "日本" / "grid.png").exists()
+    assert "look at \\u65e5\\u672c" in done.stdout.decode("cp1252")
 
 
 # --- what the user can mend -------------------------------------------------------------------------------------------
@@ -427,7 +480,8 @@ class Listener:
     def __call__(self, **arguments: Any) -> Listener:
         on_step, choose, on_picture = (arguments.pop(name) for name in ("on_step", "choose", "on_picture"))
         self.called = arguments
-        chosen = choose({"prompts": arguments["settings"], "seeds": [0] * len(arguments["settings"])})
+        pictures = len(arguments["settings"])
+        chosen = choose({"prompts": arguments["settings"], "concepts": [], "seeds": [0] * pictures})
         self.act(on_step)
         for index in chosen:
             on_picture(index, np.zeros((8, 8, 3), np.uint8))

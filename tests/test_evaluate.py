@@ -336,6 +336,7 @@ def test_the_command_goes_on_with_the_same_model_only(golden_weights: Path, tmp_
     assert main([str(x) for x in command]) == 0
     (folder,) = (tmp_path / "out").glob("001-*")
     assert json.loads((folder / "story.json").read_text("utf-8"))["clip_skip"] == 1
+    assert main([str(x) for x in [*command, "--dtype", "float32"]]) == 0, "which it is anyway"
     capsys.readouterr()
     assert main([str(x) for x in [*command, "--spacing", "trailing", "--dtype", "bfloat16"]]) == 2
     assert "another dtype, spacing" in capsys.readouterr().err

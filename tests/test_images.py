@@ -351,6 +351,12 @@ def test_a_page_is_ours_if_it_says_so(tmp_path: Path) -> None:
     assert not page.exists()
 
 
+def test_a_story_without_pictures_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConsistoryError, match="has no pictures"):
+        save_story(story(0, 8, 8), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
     for name in ("02.png", "grid.png", "story.json"):
         (tmp_path / name).mkdir()

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -319,6 +322,24 @@ def test_what_cannot_be_recorded_is_refused_before_pictures_are_chosen(pipe: Con
     with pytest.raises(ConsistoryError, match="recipe instead"):
         pipe(prompts=["a dog and a cat"], concepts=["dog", "cat"], config=ConsistoryConfig(separate_subjects=True),
              record=tmp_path / "both.safetensors", choose=choose, **SIZE)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda story: pickle.loads(pickle.dumps(story))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_recorded_story(copied: Callable[[Story], Story], pipe: ConsiStory, tmp_path: Path) -> None:
+    small = {"width": 64, "height": 64, "steps": 2}
+    story = pipe(subject="a cute dog", settings=SETTINGS[:2], record=tmp_path / "dog.safetensors", **small)
+    again = copied(story)
+    more, expected = (one.subject.extend(SETTINGS[2:3]) for one in (again, story))
+    assert torch.equal(more.latents, expected.latents)
+    assert again != story and {story: 1}[story] == 1, "tensors cannot be compared as other values are"
+
+
+def test_what_a_notebook_shows_is_short(anchors: Story) -> None:
+    for shown in (repr(anchors), repr(anchors.subject), repr(anchors.subject.pipe)):
+        assert len(shown) < 3000
+    assert "dog" in repr(anchors) and "golden" in repr(anchors.subject.pipe)
 
 
 @pytest.mark.parametrize("grade", ["save", "record"])
