@@ -481,6 +481,8 @@ class Parser(argparse.ArgumentParser):
     """An error is one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("required: SUBJECT"):
+            message += ", which comes before the options"
         self.exit(2, f"consistory: error: {message} (see {self.prog} --help)\n")
 
 

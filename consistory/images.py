@@ -332,6 +332,8 @@ def read_picture(path: Path, background: str = "white") -> Pixels:
             return np.array(upright.convert("RGB"))
     except FileNotFoundError:
         raise ConsistoryError(f"there is no file {path}: check the name") from None
+    except IsADirectoryError:
+        raise ConsistoryError(f"{path} is a folder: give a picture in it") from None
     except pillow.UnidentifiedImageError:
         raise ConsistoryError(f"{path} is not a picture that can be read: give a PNG, JPEG or WebP file") from None
     except pillow.Image.DecompressionBombError:

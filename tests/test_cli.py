@@ -310,6 +310,7 @@ def test_the_command_needs_no_terminal(tmp_path: Path) -> None:
 
 MALFORMED: dict[str, tuple[list[str], str]] = {
     "no arguments": ([], "SUBJECT"),
+    "a subject among settings": (["--settings", "on the beach", "a cat"], "SUBJECT, which comes before the options"),
     "no settings": (["a cat"], "--settings"),
     "zero images": (["a cat", "--settings"], "--settings: expected at least one argument"),
     "unknown option": ([*CAT, "--colour", "red"], "--colour"),

@@ -86,7 +86,7 @@ def test_what_is_no_picture_is_told(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
     for name, says in {
         "text.png": "is not a picture", "empty.png": "is not a picture", "none.png": "there is no file",
-        "cut.png": "cannot be read", ".": "cannot be read",
+        "cut.png": "cannot be read", ".": "is a folder: give a picture in it",
     }.items():  # fmt: skip
         with pytest.raises(ConsistoryError, match=says):
             read_picture(tmp_path / name)

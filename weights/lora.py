@@ -77,21 +77,24 @@ class Update:
     factors: Mapping[str, Read]
     norms: Read | None = None
 
-    def change(self, parameter: Tensor) -> Tensor:
-        """What is added, in float32. Raises ConsistoryError if it does not fit the parameter or is not finite."""
-        parameter = parameter.float()
+    def added_to(self, total: Tensor, parameter: Tensor) -> Tensor:
+        """total + what it does to the parameter, both in float32; total may hold what other LoRAs do to it already.
+
+        Raises ConsistoryError if it does not fit the parameter or is not finite.
+        """
         change = self.kind.make(**{name: self._read(read) for name, read in self.factors.items()})
         rows = parameter.reshape(len(parameter), -1)
         if change.shape != rows.shape:
             raise self._misfit(*(" x ".join(map(str, x.shape)) for x in (change, rows)))
         change = change.reshape(parameter.shape)
         if self.norms is None:
-            return self.weight * self.scale * change
+            return torch.add(total, change, alpha=self.weight * self.scale)
         norms = self._read(self.norms)
         axis = 1 if norms.dim() > 1 and len(norms) < norms.numel() else 0
         if norms.numel() != parameter.shape[axis]:
             raise self._misfit(f"{norms.numel()} norms", str(parameter.shape[axis]))
-        return self.weight * (deltas.renormalised(parameter + self.scale * change, norms, axis) - parameter)
+        moved = deltas.renormalised(parameter + self.scale * change, norms, axis)
+        return torch.add(total, moved - parameter, alpha=self.weight)
 
     def _read(self, read: Read) -> Tensor:
         factor = read()
@@ -167,11 +170,10 @@ def merge(parts: Mapping[str, Component], loras: Iterable[LoRA]) -> dict[str, Co
 
 def _read_changed(read: Read, updates: Sequence[Update]) -> Tensor:
     """In float32."""
-    parameter = read()
-    result = parameter.float()
+    parameter = total = read().float()
     for update in updates:
-        result = result + update.change(parameter)
-    return result
+        total = update.added_to(total, parameter)
+    return total
 
 
 def _places(
