@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from numbers import Real
 from operator import index
 
@@ -188,23 +187,24 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators])
 
 
+# A word may have dots in it ("1.5"), or be a title that ends with one; else they are what ends a phrase, as commas are.
+WORDS = re.compile(r"""(?:St|Mr|Mrs|Ms|Dr)\.|[^\s,.;:!?()\[\]"“”]+(?:\.[^\s,.;:!?()\[\]"“”]+)*|[,.;:(]""")
 # Where the noun phrase at the start of a subject ends: "a cat | with a hat", "an old man | who smiles".
 PHRASE_END = re.compile(
     r"with|without|in|inside|on|at|by|from|near|under|over|above|behind|beside|between|for|to|like|as|and|or|of|"
     r"who|which|that|whose|made|dressed|covered|named|called|wrapped|[,.;:(]"
 )
-# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself or tells of one that
-# follows ("a cute smiling cat"). None does after words that take an object, nor before an adverb or what is no noun.
+# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself, or there has been no
+# noun yet ("a cute smiling cat").
 NOUNS_IN_ING = re.compile(
     "king|ring|wing|string|spring|swing|thing|being|building|painting|drawing|clothing|ceiling|viking|earring|duckling|"
     "gosling|sibling|darling|starling|pudding|dumpling|railing|wedding|evening|morning|lightning"
 )
-TAKES_AN_OBJECT = re.compile(
-    "wearing|holding|carrying|riding|eating|drinking|playing|reading|driving|wielding|using|having|watching|chasing"
-)
-NO_NOUN = re.compile(
-    r"a|an|the|his|her|its|their|my|your|our|this|these|those|some|two|three|up|down|away|alone|together|there|here|"
-    r"outside|upright|fast|high|\w+(?<!f)ly"
+ADJECTIVES = re.compile(
+    "cute|little|small|tiny|big|large|huge|giant|tall|short|long|old|young|new|ancient|antique|vintage|modern|"
+    "futuristic|red|orange|yellow|green|blue|purple|pink|brown|black|white|grey|gray|golden|silver|happy|sad|angry|"
+    "funny|silly|friendly|lovely|pretty|beautiful|handsome|ugly|scary|elegant|fancy|fluffy|furry|hairy|fat|thin|slim|"
+    r"chubby|round|magic|magical|mechanical|wooden|metal|plastic|steampunk|classic|\w+(?:ful|ous|less)"
 )
 # "a pair of shoes" is about shoes, unlike "the queen of hearts".
 MEASURES = re.compile("pair|couple|group|bunch|herd|pack|piece|kind|portrait|picture|photo|painting|drawing")
@@ -216,25 +216,18 @@ def find_concept(subject: str) -> str:
     Raises ConsistoryError if there is none.
     """
     noun = ""
-    words = re.findall(r"(?:St|Mr|Mrs|Ms|Dr)\.|\d+[.,]\d+|[^\s,.;:!?()\[\]\"“”]+|[,.;:(]", subject)
-    for word, following in pairwise([*words, ","]):
+    for word in WORDS.findall(subject):
         lower = word.lower()
+        participle = lower.endswith("ing") and not NOUNS_IN_ING.fullmatch(lower)
         if lower == "of" and MEASURES.fullmatch(noun.lower()):
             noun = ""
-        elif PHRASE_END.fullmatch(lower) or (noun and _is_participle(lower, following.lower())):
+        elif PHRASE_END.fullmatch(lower) or (noun and participle and not ADJECTIVES.fullmatch(noun.lower())):
             break
         elif lower not in ("a", "an", "the"):
             noun = word
     if not noun:
         raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
     return noun
-
-
-def _is_participle(word: str, following: str) -> bool:
-    """Whether it tells of the noun before it, rather than of one that follows."""
-    if not word.endswith("ing") or NOUNS_IN_ING.fullmatch(word):
-        return False
-    return bool(TAKES_AN_OBJECT.fullmatch(word) or PHRASE_END.fullmatch(following) or NO_NOUN.fullmatch(following))
 
 
 def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:
@@ -254,9 +247,8 @@ def choose_concepts(concepts: Sequence[str] | None, subject: str, config: Consis
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, with its number. Raises ConsistoryError for one that this machine lacks, or that holds no data."""
+    """The device, with its number. Raises ConsistoryError for one that this machine does not have."""
     try:
-        torch.zeros(1, device=device).item()
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

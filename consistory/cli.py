@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("consistory: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:  # such as a name that is too long
-        print("consistory: error:", f"{error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print("consistory: error:", where + " ".join(str(error.strerror or error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:
@@ -189,7 +190,7 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
     def choose(record: Record) -> Sequence[int]:
         missing = album.begin(record)
         if trace is not None:
-            return every_picture(record)
+            missing = list(every_picture(record))
         kept = len(record["prompts"]) - len(missing)
         if ranks.rank == 0 and not args.quiet:
             if missing and getattr(args, "concept", []) is None and record["concepts"]:
@@ -372,7 +373,16 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
         pipe = ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
     for word in words:
         pipe = pipe.with_word(word)
+    warn_of_unused_words(args, pipe)
     return pipe if picture is None else with_picture(args, pipe, picture)
+
+
+def warn_of_unused_words(args: argparse.Namespace, pipe: ConsiStory) -> None:
+    """Of those that no prompt has, where prompts are made of the command's arguments."""
+    if hasattr(args, "negative"):
+        texts = [" ".join((args.style, args.subject, setting)) for setting in args.settings]
+        for name in pipe.tokenizers[0].unused([*texts, args.negative or ""]):
+            logging.getLogger("consistory").warning("no prompt has the word %r of --embedding", name)
 
 
 def with_picture(args: argparse.Namespace, pipe: ConsiStory, picture: Pixels) -> ConsiStory:

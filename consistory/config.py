@@ -229,8 +229,8 @@ class ScheduleConfig:
             offset=d.get("steps_offset", 0),
             final_alpha_one=d.get("set_alpha_to_one", False),
             prediction=prediction,
-            zero_terminal_snr=d.get("rescale_betas_zero_snr", False),
-            trailing=d.get("timestep_spacing") == "trailing" or d.get("rescale_betas_zero_snr", False),
+            zero_terminal_snr=bool(d.get("rescale_betas_zero_snr")),
+            trailing=d.get("timestep_spacing") == "trailing" or bool(d.get("rescale_betas_zero_snr")),
         )
 
     @property

@@ -57,7 +57,8 @@ def save_story(story: Pictures, folder: Path) -> None:
 
     Each PNG has a text chunk "consistory", the run's parameters as JSON; a numbered one also has "prompt" and "seed".
     No file is ever seen half written, and story.json, which names the others, comes last.
-    Raises ConsistoryError if Pillow is missing, the folder cannot be written or somebody else's file is in the way.
+    Raises ConsistoryError if Pillow is missing, there is no picture, the folder cannot be written or somebody else's
+    file is in the way.
     """
     if not len(story.images):
         raise ConsistoryError("the story has no pictures: there is nothing to save")
@@ -234,13 +235,12 @@ def is_picture(path: Path) -> bool:
     try:
         with pillow.Image.open(path) as image:  # which reads the text before the pixels, but not these
             return "consistory" in image.info
+    except pillow.Image.DecompressionBombError:  # larger than any of ours
+        return False
+    except OSError as error:
+        return error.errno is None  # else it is there, but cannot be read: a folder, for example
     except Exception:  # Pillow tells of damage by many exceptions
-        return not path.is_dir()
-
-
-def is_rgb(x: object) -> bool:
-    """Whether it is a picture: uint8 [H, W, 3], with pixels."""
-    return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
+        return True
 
 
 def is_record(path: Path) -> bool:
@@ -259,6 +259,11 @@ def is_page(path: Path) -> bool:
             return GENERATOR in file.read(1000)
     except OSError:
         return False
+
+
+def is_rgb(x: object) -> bool:
+    """Whether it is a picture: uint8 [H, W, 3], with pixels."""
+    return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size > 0
 
 
 def make_grid(images: Pixels) -> Pixels:

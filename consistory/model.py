@@ -133,7 +133,7 @@ class ConsiStory:
     device: torch.device
     tile: int | None = None
     other_vae: str | None = None  # the name of an autoencoder that is not the checkpoint's own
-    loras: tuple[lora.LoRA, ...] = field(default=(), repr=False)  # what is merged into the weights
+    loras: tuple[lora.Merged, ...] = field(default=(), repr=False)  # what is merged into the weights
     picture: PicturePrompt | None = field(default=None, repr=False)  # beside every prompt
     words: tuple[Word, ...] = ()  # that prompts may use beside the vocabulary
 
@@ -241,7 +241,7 @@ class ConsiStory:
             device=device,
             tile=tile,
             other_vae=None if vae is None else str(vae),
-            loras=merged,
+            loras=tuple(each.merged() for each in merged),
         )
 
     def with_picture(self, adapter: IPAdapter, features: Tensor, weight: float = 1.0) -> ConsiStory:
@@ -274,7 +274,7 @@ class ConsiStory:
     def fingerprint(self) -> str:
         """Tells checkpoints apart, LoRAs and another VAE included, wherever they lie and in any precision."""
         encoders = [
-            fingerprint(encoder, {name for lora in self.loras for name in lora.updates[part]})
+            fingerprint(encoder, {name for lora in self.loras for name in lora.changed[part]})
             for part, encoder in zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=True)
         ]
         parts = [identity(self), *encoders, fingerprint(self.vae), str(self.schedule), str(self.zero_negative)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -42,8 +41,6 @@ from .tensorfile import TensorFile, is_intact
 
 if TYPE_CHECKING:
     from .model import ConsiStory, Story
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "consistory subject 3"
 
@@ -154,10 +151,7 @@ class Subject:
             self._check_recordable()
         # All prompts are checked before any is drawn: here for what would raise an error, then for what is cut off.
         pipe.token_weights(prompts, self.recipe.concepts)
-        ids = pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
-        for word in pipe.words:
-            if not (ids == pipe.tokenizers[0].learned[word.name.lower()][0]).any():
-                logger.warning("no prompt has the word %r, which is learned from %s", word.name, word.file)
+        pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
         settings = self._settings(given, controls)
         story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
@@ -330,13 +324,13 @@ class Subject:
 
 
 def kept_in(path: str | Path) -> str | None:
-    """What a subject file holds, "recipe" or "recording"; None for another file."""
+    """What a subject file of this or another version holds, "recipe" or "recording"; None for another file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    return metadata.get("grade") if metadata.get("format") == FORMAT else None
+    return metadata.get("grade", "recipe") if metadata.get("format", "").startswith("consistory subject") else None
 
 
 def find_net(
@@ -372,7 +366,7 @@ def identity(pipe: ConsiStory) -> str:
 
     A LoRA may turn no sign at all, and others with every rounding: the parameters that it changes are left out.
     """
-    changed = {name for lora in pipe.loras for name in lora.updates["unet"]}
+    changed = {name for lora in pipe.loras for name in lora.changed["unet"]}
     loras = sorted(f"{lora.digest}*{lora.weight:g}" for lora in pipe.loras)
     picture = [] if pipe.picture is None else [pipe.picture.identity]
     words = sorted(word.identity for word in pipe.words)

@@ -10,6 +10,7 @@ Unicode NFC, lower case, accents kept. (The fast one neither drops control chara
 import copy
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Piece(NamedTuple):
 class Tokenizer:
     """One CLIP tokenizer: a vocabulary, a padding token and the number of tokens L that the text encoder takes.
 
-    learned: words that are not in the vocabulary, in lower case, and their ids, below zero.
+    learned: words that are not in the vocabulary, and their ids, below zero.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: Merges, pad: str = END, length: int = CLIP_LENGTH) -> None:
@@ -87,12 +88,18 @@ class Tokenizer:
 
         Raises ConsistoryError if it has learned this word already.
         """
-        if word.lower() in self.learned:
+        name = " ".join(_composed(word).split())
+        if name.lower() in map(str.lower, self.learned):
             raise ConsistoryError(f"there are two words {word!r}: give one of them another name")
         last = min((ids[-1] for ids in self.learned.values()), default=0)
         other = copy.copy(self)
-        other.learned = {**self.learned, word.lower(): [last - 1 - i for i in range(tokens)]}
+        other.learned = {**self.learned, name: [last - 1 - i for i in range(tokens)]}
         return other
+
+    def unused(self, texts: Sequence[str]) -> list[str]:
+        """The learned words that none of the texts has."""
+        used = {piece.id for text in texts for piece in self._pieces(_composed(text))}
+        return [name for name, ids in self.learned.items() if ids[0] not in used]
 
     def encode(self, prompts: Sequence[str], *, warn: bool = True) -> Tensor:
         """Prompts -> ids, int64 [B, L]: start, pieces, end, padding.
@@ -100,7 +107,7 @@ class Tokenizer:
         What does not fit is cut off; unless `warn` is false (SDXL encodes each prompt twice) the log says what.
         """
         ids = torch.full((len(prompts), self.length), self.pad, device="cpu")
-        for row, prompt in zip(ids, prompts, strict=True):
+        for row, prompt in zip(ids, map(_composed, prompts), strict=True):
             pieces = self._pieces(prompt)
             if warn and len(pieces) > self._room:
                 lost = prompt[pieces[self._room].start :]
@@ -118,12 +125,12 @@ class Tokenizer:
 
         Raises ConsistoryError if the concept is empty, or a prompt lacks it or has it only beyond the part that fits.
         """
-        pieces = [piece.id for piece in self._pieces(concept)]
+        pieces = [piece.id for piece in self._pieces(_composed(concept))]
         if not pieces:
             raise ConsistoryError(f"the concept {concept!r} is empty: give a word or phrase that all prompts contain")
         weights = torch.zeros(len(prompts), self.length, dtype=torch.float32, device="cpu")
         for row, prompt in zip(weights, prompts, strict=True):
-            found = _occurrences(pieces, self._pieces(prompt))
+            found = _occurrences(pieces, self._pieces(_composed(prompt)))
             kept = [start for start in found if start + len(pieces) <= self._room]
             if not found:
                 raise ConsistoryError(f"the concept {concept!r} is not in the prompt {prompt!r}: name it there")
@@ -139,18 +146,30 @@ class Tokenizer:
         return self.length - 2
 
     def _pieces(self, text: str) -> list[Piece]:
-        names = sorted(map(re.escape, self.learned), key=len, reverse=True)  # of two that begin alike, the longer one
-        learned = rf"(?<!\w)({'|'.join(names)})(?!\w)" if names else "(?!)"
+        """Of a text in NFC."""
+        names = sorted(self.learned, key=len, reverse=True)  # of two that begin alike, the longer one
+        groups = (f"({_any_space(name)})" for name in names)
+        learned = re.compile(rf"(?<!\w)(?:{'|'.join(groups)})(?!\w)" if names else "(?!)", re.IGNORECASE)
         pieces, start = [], 0
-        for number, part in enumerate(re.split(learned, text, flags=re.IGNORECASE)):
-            if number % 2:  # what has been split at
-                pieces += [Piece(id, (number, 0), start) for id in self.learned[part.lower()]]
-            else:
-                found = self._bpe.encode(part, add_special_tokens=False)
-                own = zip(found.ids, found.word_ids, found.offsets, strict=True)
-                pieces += [Piece(id, (number, word), start + offset) for id, word, (offset, _) in own]
-            start += len(part)
+        for number, match in enumerate([*learned.finditer(text), None]):
+            end = len(text) if match is None else match.start()
+            found = self._bpe.encode(text[start:end], add_special_tokens=False)
+            own = zip(found.ids, found.word_ids, found.offsets, strict=True)
+            pieces += [Piece(id, (number, word), start + offset) for id, word, (offset, _) in own]
+            if match is not None and match.lastindex is not None:
+                pieces += [Piece(id, (number, -1), end) for id in self.learned[names[match.lastindex - 1]]]
+                start = match.end()
         return pieces
+
+
+def _composed(text: str) -> str:
+    """In Unicode's NFC: accents with their letters, as words are learned."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _any_space(name: str) -> str:
+    """A pattern for the words of a name, with any white space between them."""
+    return r"\s+".join(map(re.escape, name.split()))
 
 
 def _byte_pair_encoding(vocabulary: dict[str, int], merges: Merges, pad: str) -> tokenizers.Tokenizer:

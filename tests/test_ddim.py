@@ -148,6 +148,11 @@ def test_a_spacing_that_cannot_be() -> None:
         ScheduleConfig.from_json(CONFIGS["zero-terminal-snr"]).spaced("leading")
 
 
+def test_what_is_null_is_not_set() -> None:
+    schedule = ScheduleConfig.from_json(config_json(rescale_betas_zero_snr=None))
+    assert (schedule.predicts, schedule.zero_terminal_snr, schedule.trailing) == ("epsilon", False, False)
+
+
 @pytest.mark.parametrize(
     "others", [{"prediction_type": "sample"}, {"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}]
 )

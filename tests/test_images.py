@@ -357,6 +357,13 @@ def test_a_story_without_pictures_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_that_is_too_large_to_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (100, 100)).save(tmp_path / "01.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ConsistoryError, match=r"01\.png is not a story's"):
+        check_free(tmp_path, 1)
+
+
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
     for name in ("02.png", "grid.png", "story.json"):
         (tmp_path / name).mkdir()

@@ -138,12 +138,24 @@ def test_fused_is_not_interpreted_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -
     ("operator", "name"),
     [(each, name) for each, given in FITTING.items() for name, x in given.items() if x.is_floating_point()],
 )
-def test_gradients_reach_every_input(operator: Callable[..., Any], name: str) -> None:
+def test_gradients_reach_every_input(
+    operator: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is known that they are wanted, so that no kernel would run on a GPU."""
     arguments = FITTING[operator] | OTHERS.get(operator, {})
     wanted = arguments[name].clone().requires_grad_()
+    asked: list[Tensor] = []
+
+    def pick(*tensors: Tensor, **options: Any) -> str:
+        asked.extend(tensors)
+        return pick_backend(*tensors, **options)
+
+    module = extended_attention if operator is attention_with_options else operator
+    monkeypatch.setattr(f"{module.__module__}.pick_backend", pick)
     output = operator(**arguments | {name: wanted})
     (gradient,) = torch.autograd.grad((output if isinstance(output, Tensor) else output[-1]).sum(), wanted)
     assert gradient.isfinite().all()
+    assert any(tensor is wanted for tensor in asked)
 
 
 @pytest.mark.parametrize("anchors", [-1, 0, N + 1])

@@ -544,6 +544,7 @@ GOOD = factors(STEM, torch.zeros(2, 16), torch.zeros(16, 2))
     ("keys", "says"),
     [
         ([f"{STEM}.oft_blocks"], "is an OFT"),
+        ([f"{STEM}.wd_for_diff", f"{STEM}.dora_scale"], "is a DoRA of differences"),
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "Stable Diffusion 1 or 2"),
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "Stable Diffusion 1 or 2"),
         (["unet.up_blocks.3.attentions.0.proj_in.lora_A.weight"], "Stable Diffusion 1 or 2"),
@@ -600,8 +601,37 @@ def test_factors_that_cannot_be_multiplied(
 ) -> None:
     file = written(factors(STEM, torch.zeros(down), torch.zeros(up)), tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError) as error:
-        lora.read(file, 1.0, parts)
-    assert_says(error, file, "cannot be multiplied", list(down), list(up))
+        merged(parts, (file, 1.0))
+    assert_says(error, file, "cannot be multiplied", list(down))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {f"{STEM}.diff": torch.tensor(1.0)},
+        {f"{STEM}.diff_b": torch.tensor(1.0)},
+        {f"{STEM}.diff_b": torch.zeros(0)},
+        {"unet.down_blocks.0.resnets.0.norm1.w_norm": torch.zeros(8),
+         "unet.down_blocks.0.resnets.0.norm1.dora_scale": torch.ones(1, 8)},
+        GOOD | {f"{STEM}.alpha": torch.ones(2)},
+        GOOD | {f"{STEM}.alpha": torch.tensor(float("nan"))},
+    ],
+    ids=["difference", "bias", "no bias", "norms of a norm", "two alphas", "no alpha"],
+)  # fmt: skip
+def test_damaged_files(tensors: State, parts: dict[str, Component], tmp_path: Path) -> None:
+    file = written(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ConsistoryError) as error:
+        merged(parts, (file, 1.0))
+    assert_says(error, file)
+
+
+def test_words_beside_a_lora_are_told(
+    parts: dict[str, Component], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundled = {f"bundle_emb.mycat.{key}": torch.zeros(1, 4) for key in ("clip_l", "clip_g")}
+    both, alone = (written(each, tmp_path / f"{len(each)}.safetensors") for each in (GOOD | bundled, GOOD))
+    assert_close(merged(parts, (both, 1.0))["unet"], merged(parts, (alone, 1.0))["unet"])
+    assert f"--embedding {both}:WORD" in caplog.text
 
 
 def test_a_lora_of_another_width(parts: dict[str, Component], tmp_path: Path) -> None:

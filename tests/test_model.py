@@ -76,6 +76,16 @@ def test_prompts_need_a_setting() -> None:
         ("a cat sleeping on a sofa", "cat"),
         ("a cat sitting quietly", "cat"),
         ("a cat drinking tea", "cat"),
+        ("a girl dancing ballet", "girl"),
+        ("a robot cooking dinner", "robot"),
+        ("an old wizard casting spells", "wizard"),
+        ("a dog looking happy", "dog"),
+        ("a man standing still", "man"),
+        ("a girl sitting cross-legged", "girl"),
+        ("a red evening dress", "dress"),
+        ("a white running shoe", "shoe"),
+        ("a graceful dancing swan", "swan"),
+        ("a mydog-v1.5 on a sofa", "mydog-v1.5"),
         ("a cute dancing butterfly", "butterfly"),
         ("a vintage sewing machine", "machine"),
         ("a red evening dress with lace", "dress"),
@@ -279,7 +289,7 @@ def test_bad_settings(settings: dict[str, Any], says: str) -> None:
         ConsistoryConfig(**settings)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "quantum", "", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", ""])
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(ConsistoryError, match=r"cannot be used.*use cpu, cuda or mps") as error:
         usable_device(device)

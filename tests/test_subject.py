@@ -327,7 +327,13 @@ def test_what_cannot_be_recorded_is_refused_before_pictures_are_chosen(pipe: Con
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda story: pickle.loads(pickle.dumps(story))], ids=["copy", "pickle"]
 )
-def test_copies_of_a_recorded_story(copied: Callable[[Story], Story], pipe: ConsiStory, tmp_path: Path) -> None:
+def test_copies_of_a_recorded_story(
+    copied: Callable[[Story], Story], golden_weights: Path, tmp_path: Path
+) -> None:
+    """Of a model with a LoRA."""
+    factors = {"A": torch.ones(1, 4, 3, 3), "B": torch.ones(16, 1, 1, 1)}
+    save_file({f"unet.conv_in.lora_{x}.weight": y for x, y in factors.items()}, tmp_path / "lora.safetensors")
+    pipe = ConsiStory.from_pretrained(golden_weights, loras=[tmp_path / "lora.safetensors"])
     small = {"width": 64, "height": 64, "steps": 2}
     story = pipe(subject="a cute dog", settings=SETTINGS[:2], record=tmp_path / "dog.safetensors", **small)
     again = copied(story)

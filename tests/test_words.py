@@ -115,6 +115,17 @@ def test_words_that_begin_alike(plain: Tokenizer) -> None:
     assert ids(plain, "<s0>") != ids(learned, "<s0>") and plain.learned == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("istyle", "ıstyle"), ("sks", "ſks"), ("µstyle", "μstyle"), ("İstyle", "İstyle"), ("cafe\u0301", "café"),
+     ("café", "CAFE\u0301"), ("my word", "my \n word")],
+    ids=ascii,
+)  # fmt: skip
+def test_a_word_in_other_letters(name: str, text: str, plain: Tokenizer) -> None:
+    """What Python takes for the same letter, in one case or the other, composed or not; and any white space."""
+    assert ids(plain.with_word(name, 1), text)[0] == -1
+
+
 def test_two_words_of_one_name(pipe: ConsiStory, tmp_path: Path) -> None:
     once = pipe.with_word(word(pipe, tmp_path / "x.safetensors"))
     with pytest.raises(ConsistoryError, match="two words 'X': give one of them another name"):
@@ -156,13 +167,6 @@ def test_a_story_of_a_learned_subject(pipe: ConsiStory, tmp_path: Path) -> None:
             Subject.load(tmp_path / "kept.safetensors", wrong)
 
 
-def test_a_word_that_no_prompt_has(pipe: ConsiStory, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    learned = pipe.with_word(word(pipe, tmp_path / "x.safetensors")).with_word(word(pipe, tmp_path / "bad.safetensors"))
-    call = {"subject": "a dog", "settings": ["on the beach"], "negative_prompt": "Bad", **SMALL, "steps": 1}
-    learned(**call)
-    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["no prompt has the word 'x'"]
-
-
 def test_dtypes_and_offloading(golden_weights: Path, tmp_path: Path) -> None:
     pipe = ConsiStory.from_pretrained(golden_weights, dtype=torch.bfloat16, offload=True)
     learned = pipe.with_word(word(pipe, tmp_path / "x.safetensors"))
@@ -180,8 +184,11 @@ def test_the_command(
     line += ["--model", str(golden_weights), "--steps", "1", "--width", "64", "--height", "64", "--out", str(out)]
     files = [str(tmp_path / "bad.safetensors"), f"{tmp_path / 'mydog.safetensors'}:<my:dog>"]
     assert main([*line, "--embedding", files[0], "--embedding", files[1]]) == 0
+    assert "warning" not in capsys.readouterr().err
     record = json.loads((out / "story.json").read_text())
     assert record["words"] == [[files[0], "bad"], [files[1].removesuffix(":<my:dog>"), "<my:dog>"]]
+    assert main([*line, "--embedding", files[0], "--embedding", f"{files[0]}:other"]) == 0
+    assert "warning: no prompt has the word 'other' of --embedding" in capsys.readouterr().err
     assert main([*line, "--embedding", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors: check the name" in capsys.readouterr().err
 
@@ -211,8 +218,23 @@ def test_files_that_hold_no_word(
 
 
 def test_a_word_without_a_name(pipe: ConsiStory, tmp_path: Path) -> None:
-    with pytest.raises(ConsistoryError, match="has no name"):
-        word(pipe, tmp_path / "x.safetensors", name=" ")
+    for name in (" ", 5):
+        with pytest.raises(ConsistoryError, match=f"has the name {name!r}: give one that prompts can write"):
+            word(pipe, tmp_path / "x.safetensors", name=name)
+
+
+@pytest.mark.parametrize("keys", ["text_encoders_{}", "bundle_emb.<my.dog>.clip_{}"])
+def test_other_layouts(keys: str, pipe: ConsiStory, tmp_path: Path) -> None:
+    """Of diffusers' trainer, and beside a LoRA."""
+    learned = embeddings(pipe, 2)
+    numbers = ("0", "1") if "encoders" in keys else ("l", "g")
+    state = {keys.format(number): x for number, x in zip(numbers, learned.values(), strict=True)}
+    save_file(state | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    found = Word.load(tmp_path / "x.safetensors", "<my.dog>")
+    assert all(torch.equal(one, other) for one, other in zip(found.vectors, learned.values(), strict=True))
+    if "bundle" in keys:
+        with pytest.raises(ConsistoryError, match=r"bundle_emb.<my.dog>.clip_l.*of several words in it, name one"):
+            Word.load(tmp_path / "x.safetensors")
 
 
 def test_a_word_of_another_model(pipe: ConsiStory, tmp_path: Path) -> None:

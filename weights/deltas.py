@@ -41,7 +41,10 @@ def kronecker(
     lokr_w2: Tensor | None = None, lokr_w2_a: Tensor | None = None, lokr_w2_b: Tensor | None = None,
     lokr_t2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """w1 [out1, in1] and w2 [out2, in2, ...], whole or as factors -> [out1 * out2, in1 * in2 * ...]."""
+    """w1 [out1, in1] and w2 [out2, in2, ...] -> [out1 * out2, in1 * in2 * ...].
+
+    Each is whole, or given by a [out, rank] and b [rank, in * ...]; with a core t, a is [rank, out].
+    """
     w1 = product(lokr_w1_a, lokr_w1_b) if lokr_w1 is None else lokr_w1
     w2 = product(lokr_w2_a, lokr_w2_b, lokr_t2) if lokr_w2 is None else lokr_w2.flatten(1)
     return torch.kron(w1, w2)
@@ -49,7 +52,7 @@ def kronecker(
 
 def difference(diff: Tensor) -> Tensor:
     """[out, ...] -> [out, in * ...]; a vector's values are rows of one."""
-    return diff.reshape(len(diff), -1)
+    return diff[:, None].flatten(1)
 
 
 def product(a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Tensor:

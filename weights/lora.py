@@ -7,8 +7,11 @@
 Nothing is added before a parameter is asked for, so no second copy of the model is ever in memory.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +25,10 @@ from consistory.weights.errors import ConsistoryError
 from consistory.weights.loading import Component, Read, TensorSource, is_finite, listed, open_safetensors
 from consistory.weights.names import Json
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "bundle_emb."  # learned words that some trainers keep in the same file
 
 # A module in LoRA files. name: the library's own; other: in another layout (the original UNet's, or that of a text
 # encoder that transformers 5 saved); old: how diffusers first called attention's projections. Kohya's scripts, and
@@ -55,6 +62,7 @@ ROLES = {
 # What else a file may be (regular expressions for a part of a key that has no place), and what to say.
 OTHER_KINDS = {
     r"\.oft_|\.boft_": "an OFT",
+    r"\.wd_for_diff": "a DoRA of differences",
     r"lora_te_": "a LoRA of Stable Diffusion 1 or 2",
     r"down_blocks[._]0[._]attentions|up_blocks[._]3[._]attentions": "a LoRA of Stable Diffusion 1 or 2",
     r"^transformer\.|double_blocks|joint_blocks|lora_transformer": "a LoRA of a diffusion transformer",
@@ -82,7 +90,14 @@ class Update:
 
         Raises ConsistoryError if it does not fit the parameter or is not finite.
         """
-        change = self.kind.make(**{name: self._read(read) for name, read in self.factors.items()})
+        factors = {name: self._read(read) for name, read in self.factors.items()}
+        try:
+            change = self.kind.make(**factors)
+        except (IndexError, RuntimeError):
+            held = ", ".join(f"{name} {list(x.shape)}" for name, x in factors.items())
+            raise ConsistoryError(
+                f"{self.label} holds factors that cannot be multiplied ({held}): download it again"
+            ) from None
         rows = parameter.reshape(len(parameter), -1)
         if change.shape != rows.shape:
             raise self._misfit(*(" x ".join(map(str, x.shape)) for x in (change, rows)))
@@ -91,14 +106,15 @@ class Update:
             return torch.add(total, change, alpha=self.weight * self.scale)
         norms = self._read(self.norms)
         axis = 1 if norms.dim() > 1 and len(norms) < norms.numel() else 0
-        if norms.numel() != parameter.shape[axis]:
-            raise self._misfit(f"{norms.numel()} norms", str(parameter.shape[axis]))
+        wanted = parameter.shape[axis] if axis < parameter.dim() else 0
+        if norms.numel() != wanted:
+            raise self._misfit(f"{norms.numel()} norms", str(wanted))
         moved = deltas.renormalised(parameter + self.scale * change, norms, axis)
         return torch.add(total, moved - parameter, alpha=self.weight)
 
     def _read(self, read: Read) -> Tensor:
         factor = read()
-        if not is_finite(factor):
+        if factor.numel() and not is_finite(factor):
             raise ConsistoryError(f"{self.label} holds NaN or infinity: download the LoRA again")
         return factor.float()
 
@@ -117,6 +133,20 @@ class LoRA:
     digest: str
     updates: Mapping[str, Mapping[str, Update]]
 
+    def merged(self) -> Merged:
+        changed = {part: frozenset(updates) for part, updates in self.updates.items()}
+        return Merged(self.path, self.weight, self.digest, changed)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is known of a LoRA once it is merged. changed: {component: names of the parameters}."""
+
+    path: Path
+    weight: float
+    digest: str
+    changed: Mapping[str, frozenset[str]]
+
 
 def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
     """Find a place in the components for everything in a LoRA file, whose changes are multiplied by `weight`.
@@ -129,20 +159,24 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
     file = open_safetensors(path)
     configs = {part: _peft_config(path, file.metadata(), part) for part in TEMPLATES}
     updates: dict[str, dict[str, Update]] = {part: {} for part in TEMPLATES}
-    for (part, name), keys in _places(path, file.keys(), parts).items():
+    own = [key for key in file.keys() if not key.startswith(BUNDLED)]  # noqa: SIM118
+    if len(own) < len(file.keys()):
+        logger.warning("%s brings words for prompts, too, which take an --embedding %s:WORD (Word.load)", path, path)
+    for (part, name), keys in _places(path, own, parts).items():
         label = f"{path}: {_split(next(iter(keys.values())))[0]}"
-        read = {role: partial(file.get_tensor, key) for role, key in keys.items()}
+        reads = {role: partial(file.get_tensor, key) for role, key in keys.items()}
         if "bias" in keys:
             if f"{name}.bias" not in parts[part][1].tensors:
                 raise ConsistoryError(f"{label} changes a bias that this model lacks: give a LoRA of this one")
-            updates[part][f"{name}.bias"] = Update(label, weight, 1.0, deltas.DIFFERENCE, {"diff": read["bias"]})
+            updates[part][f"{name}.bias"] = Update(label, weight, 1.0, deltas.DIFFERENCE, {"diff": reads["bias"]})
         if keys.keys() != {"bias"}:
-            factors = {role: read[role] for role in keys if role in deltas.FACTORS}
+            factors = {role: reads[role] for role in keys if role in deltas.FACTORS}
             kind = _kind(path, factors.keys(), keys)
-            rank = _rank(label, kind, {role: file.get_slice(keys[role]).get_shape() for role in factors})
+            ranked = next((keys[factor] for factor in kind.ranked if factor in keys), None)
+            rank = None if ranked is None else _rank(label, file.get_slice(ranked).get_shape())
             own_alpha = rank is not None and "alpha" in keys
-            scale = read["alpha"]().item() / rank if own_alpha else _peft_scale(configs[part], name, rank)
-            norms = partial(_flattened, read["row norms"]) if "row norms" in keys else read.get("norms")
+            scale = _alpha(label, reads["alpha"]()) / rank if own_alpha else _peft_scale(configs[part], name, rank)
+            norms = partial(_flattened, reads["row norms"]) if "row norms" in keys else reads.get("norms")
             updates[part][f"{name}.weight"] = Update(label, weight, scale, kind, factors, norms)
     return LoRA(path, weight, _digest(path), updates)
 
@@ -233,17 +267,18 @@ def _kind(path: Path, factors: Collection[str], keys: Mapping[str, str]) -> delt
     raise ConsistoryError(f"{path} is not whole (of a module, it has only {listed(keys.values())}): download it again")
 
 
-def _rank(label: str, kind: deltas.Kind, shapes: Mapping[str, list[int]]) -> int | None:
-    """Of factors of these shapes, if they have one. Raises ConsistoryError if they cannot be multiplied."""
-    try:
-        rank = next((shapes[factor][0] for factor in kind.ranked if factor in shapes), None)
-        kind.make(**{factor: torch.empty(shape, device="meta") for factor, shape in shapes.items()})
-    except (IndexError, RuntimeError):
-        rank = 0
-    if rank == 0:
-        held = ", ".join(f"{factor} {shape}" for factor, shape in shapes.items())
-        raise ConsistoryError(f"{label} holds factors that cannot be multiplied ({held}): download it again")
-    return rank
+def _rank(label: str, shape: list[int]) -> int:
+    """The first axis of a factor. Raises ConsistoryError if there is none."""
+    if not shape or shape[0] == 0:
+        raise ConsistoryError(f"{label} holds factors that cannot be multiplied (one of {shape}): download it again")
+    return shape[0]
+
+
+def _alpha(label: str, alpha: Tensor) -> float:
+    """Raises ConsistoryError unless it is one number."""
+    if alpha.numel() != 1 or not is_finite(alpha):
+        raise ConsistoryError(f"{label} has an alpha that is no number: download it again")
+    return float(alpha.item())
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str] | None, part: str) -> Json:

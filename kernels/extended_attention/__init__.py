@@ -24,7 +24,8 @@ def extended_attention(
     """Every image attends to its own patches and to the kept patches of the anchors it shares (equations 2-3).
 
     q, k, v         [G, N, H, P, d]: guidance halves, images, heads, patches, head size
-    key_mask        bool [A, P], which patches of each anchor may be read
+    key_mask        bool [A, P], which patches of each anchor may be read; for the reference also float in [0, 1], the
+                    weight of each
     share           bool [N, A], which images read which anchor; an image reads its own patches in any case
     anchor_k, _v    [G, A, H, P, d]: recorded anchors; without them the anchors are the first A images of the batch
     q_blend         (q_vanilla [G, N, H, P, d], weight): queries are (1 - weight) * q + weight * q_vanilla (equation 4)
@@ -32,8 +33,8 @@ def extended_attention(
                     anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
 
-    Raises ValueError for shapes that do not fit together, masks that are not of booleans, one of `anchor_k` and
-    `anchor_v` alone, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, more anchors than images where none are recorded, masks that
+    are not of booleans, one of `anchor_k` and `anchor_v` alone, an unknown backend, or "fused" where it cannot run.
     """
     if q.dim() != 5:
         raise ValueError(f"q is {list(q.shape)}: it has to be [halves, images, heads, patches, head size]")
@@ -47,7 +48,9 @@ def extended_attention(
     recorded = g, anchors, h, p, d
     check_shapes(k=(k, q.shape), v=(v, q.shape), key_mask=(key_mask, (anchors, p)), share=(share, (n, anchors)))
     check_shapes(anchor_k=(anchor_k, recorded), anchor_v=(anchor_v, recorded))
-    check_masks(key_mask=key_mask, share=share)
+    check_masks(share=share)
+    if not (backend == "reference" and key_mask.is_floating_point()):
+        check_masks(key_mask=key_mask)
     if q_blend is not None:
         check_shapes(q_vanilla=(q_blend[0], q.shape))
     if regions is not None:

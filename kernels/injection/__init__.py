@@ -25,13 +25,14 @@ def inject(
     source_index    int64 [N, P], which patch of the source image
     source_image    int64 [N, P], which anchor: 0 ... A - 1
     inject_mask     bool [N, P]
-    anchors         the first `anchors` images are the sources. They are blended one after the other, so a later one
-                    draws from an earlier one that is blended already; then all the rest, from blended anchors
+    anchors         the first so many images, at least one, are the sources. They are blended one after the other, so a
+                    later one draws from an earlier one that is blended already; then all the rest, from blended anchors
     anchor_x        [A, P, C] recorded, already blended anchors: then these are the sources of every image, and
                     `anchors` is not used
     returns         a new tensor [N, P, C]
 
-    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, sources that the batch does not have, a mask that is not of
+    booleans, an unknown backend, or "fused" where it cannot run.
     """
     patches = x.shape[:2]
     check_shapes(source_index=(source_index, patches), source_image=(source_image, patches))
