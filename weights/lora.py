@@ -174,8 +174,10 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
             kind = _kind(path, factors.keys(), keys)
             ranked = next((keys[factor] for factor in kind.ranked if factor in keys), None)
             rank = None if ranked is None else _rank(label, file.get_slice(ranked).get_shape())
-            own_alpha = rank is not None and "alpha" in keys
-            scale = _alpha(label, reads["alpha"]()) / rank if own_alpha else _peft_scale(configs[part], name, rank)
+            if rank is not None and "alpha" in keys:
+                scale = _alpha(label, reads["alpha"]()) / rank
+            else:
+                scale = _peft_scale(configs[part], name, rank)
             norms = partial(_flattened, reads["row norms"]) if "row norms" in keys else reads.get("norms")
             updates[part][f"{name}.weight"] = Update(label, weight, scale, kind, factors, norms)
     return LoRA(path, weight, _digest(path), updates)
