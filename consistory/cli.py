@@ -373,16 +373,16 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
         pipe = ConsiStory.from_pretrained(args.model, variant=args.variant, **options, **memory)
     for word in words:
         pipe = pipe.with_word(word)
-    warn_of_unused_words(args, pipe)
+    if words and hasattr(args, "negative"):
+        warn_of_unused_words(args, pipe)
     return pipe if picture is None else with_picture(args, pipe, picture)
 
 
 def warn_of_unused_words(args: argparse.Namespace, pipe: ConsiStory) -> None:
-    """Of those that no prompt has, where prompts are made of the command's arguments."""
-    if hasattr(args, "negative"):
-        texts = [" ".join((args.style, args.subject, setting)) for setting in args.settings]
-        for name in pipe.tokenizers[0].unused([*texts, args.negative or ""]):
-            logging.getLogger("consistory").warning("no prompt has the word %r of --embedding", name)
+    """Of those that no prompt has. args: of a command whose prompts are made of them."""
+    texts = [" ".join((args.style, args.subject, setting)) for setting in args.settings]
+    for name in pipe.tokenizers[0].unused([*texts, args.negative or ""]):
+        logging.getLogger("consistory").warning("no prompt has the word %r of --embedding", name)
 
 
 def with_picture(args: argparse.Namespace, pipe: ConsiStory, picture: Pixels) -> ConsiStory:

@@ -130,7 +130,7 @@ def truncated(path: Path) -> None:
     "make, says",
     [
         (lambda path: None, "there is no file"), (text, "is not a picture"), (truncated, "cannot be read"),
-        (Path.mkdir, "cannot be read"),
+        (Path.mkdir, "is a folder: give a picture in it"),
     ],
     ids=["missing", "text", "truncated", "folder"],
 )  # fmt: skip
