@@ -262,7 +262,8 @@ class ConsiStory:
         widths = [vectors.shape[1] for vectors in word.vectors]
         wanted = [encoder.config.width for encoder in self.text_encoders]
         if widths != wanted:
-            raise ConsistoryError(f"{word.file} was made for another model (widths {widths}, not {wanted})")
+            other = f"{word.file} was made for another model (widths {widths}, not {wanted})"
+            raise ConsistoryError(f"{other}: give a word of this one")
         first, second = (tokenizer.with_word(word.name, len(word.vectors[0])) for tokenizer in self.tokenizers)
         return replace(self, words=(*self.words, word), tokenizers=(first, second))
 

@@ -56,6 +56,7 @@ def difference(diff: Tensor) -> Tensor:
 
 
 def product(a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Tensor:
+    """a [out, rank], b [rank, in * ...]; with a core, a is [rank, out] -> [out, in * ...]."""
     assert a is not None and b is not None
     return a @ b if core is None else tucker(core, a, b)
 
@@ -66,7 +67,7 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def renormalised(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:
-    """The weight, its slices along an axis scaled to norms that are given, one for each."""
+    """The weight [out, in, ...], its slices along an axis scaled to the norms in `magnitude`, one for each."""
     others = [other for other in range(weight.dim()) if other != axis]
     norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a slice of zeros has no direction, and stays

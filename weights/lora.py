@@ -174,10 +174,7 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
             kind = _kind(path, factors.keys(), keys)
             ranked = next((keys[factor] for factor in kind.ranked if factor in keys), None)
             rank = None if ranked is None else _rank(label, file.get_slice(ranked).get_shape())
-            if rank is not None and "alpha" in keys:
-                scale = _alpha(label, reads["alpha"]()) / rank
-            else:
-                scale = _peft_scale(configs[part], name, rank)
+            scale = 1.0 if rank is None else _scale(label, rank, reads.get("alpha"), configs[part], name)
             norms = partial(_flattened, reads["row norms"]) if "row norms" in keys else reads.get("norms")
             updates[part][f"{name}.weight"] = Update(label, weight, scale, kind, factors, norms)
     return LoRA(path, weight, _digest(path), updates)
@@ -276,11 +273,17 @@ def _rank(label: str, shape: list[int]) -> int:
     return shape[0]
 
 
-def _alpha(label: str, alpha: Tensor) -> float:
-    """Raises ConsistoryError unless it is one number."""
+def _scale(label: str, rank: int, read_alpha: Read | None, config: Json, name: str) -> float:
+    """alpha / rank with the file's own alpha, else as peft's configuration has it.
+
+    Raises ConsistoryError unless the alpha is one number.
+    """
+    if read_alpha is None:
+        return _peft_scale(config, name, rank)
+    alpha = read_alpha()
     if alpha.numel() != 1 or not is_finite(alpha):
         raise ConsistoryError(f"{label} has an alpha that is no number: download it again")
-    return float(alpha.item())
+    return float(alpha.item()) / rank
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str] | None, part: str) -> Json:
@@ -295,10 +298,8 @@ def _peft_config(path: Path, metadata: Mapping[str, str] | None, part: str) -> J
     return {key.removeprefix(f"{part}."): value for key, value in content.items()}
 
 
-def _peft_scale(config: Json, name: str, rank: int | None) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for a rank-stabilised LoRA; 1 without a configuration, or without a rank."""
-    if rank is None:
-        return 1.0
+def _peft_scale(config: Json, name: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for a rank-stabilised LoRA; 1 without a configuration."""
     patterns = config.get("alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
     alpha = next(matching, config.get("lora_alpha", rank))
