@@ -18,8 +18,8 @@ Call = Callable[[], Any]
 def machine(device: str) -> dict[str, str]:
     """Hardware and versions, as they belong to every published figure."""
     facts = {"hardware": _cpu_name(), "threads": str(torch.get_num_threads()), "python": platform.python_version()}
-    if device == "cuda":
-        facts |= {"hardware": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    if device.startswith("cuda"):
+        facts |= {"hardware": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     for package in ("torch", "triton", "xformers", "flash-attn"):
         try:
             facts[package] = metadata.version(package)

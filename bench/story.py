@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from unittest.mock import patch
 import torch
 from consistory.kernels import backends
 from consistory.weights.loading import sdxl_configs
+from measure import machine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,8 +157,7 @@ def main() -> None:
             rows["default, no Triton"] = timed(unet, CONFIGS["default"], args, "default, no Triton")
 
     about = {
-        "hardware": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
-        "torch": torch.__version__, "dtype": args.dtype, "steps": args.steps, "latent size": args.size,
+        **machine(args.device), "dtype": args.dtype, "steps": args.steps, "latent size": args.size,
         "released implementation, calls": RELEASED,
     }  # fmt: skip
     configs = {name: asdict(config) for name, config in CONFIGS.items()}

@@ -123,13 +123,13 @@ class ImageEncoder:
             Preparation.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, images: Sequence[Pixels]) -> Tensor:
         """Pictures, uint8 [H, W, 3] each -> features, float32 [N, D]. Raises ConsistoryError without Pillow."""
         pixels = torch.stack([self.prepare(image) for image in images]).to(self.vision.visual_projection.weight.device)
         return torch.cat([self.vision(batch) for batch in pixels.split(BATCH)]).cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def patches(self, images: Sequence[Pixels | None]) -> Tensor:
         """Pictures, uint8 [H, W, 3] each -> states of their patches, float32 [N, 1 + P, C], the class's first.
 
@@ -165,14 +165,14 @@ class CLIP:
             images=ImageEncoder.from_pretrained(folder, device=device),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> float32 [N, D], each of length 1."""
         device = self.images.vision.visual_projection.weight.device
         _, pooled = self.text(self.tokenizer.encode(texts).to(device))
         return nn.functional.normalize(pooled, dim=-1).cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_images(self, images: Sequence[Pixels]) -> Tensor:
         """Pictures, uint8 [H, W, 3] each -> float32 [N, D], each of length 1. Raises ConsistoryError without Pillow."""
         return nn.functional.normalize(self.images.embed(images), dim=-1)

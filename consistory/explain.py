@@ -209,7 +209,7 @@ class Trace(Observer):
         except OSError as error:
             raise ConsistoryError(f"{path} cannot be written ({error.strerror}): choose another name") from None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def page(self, story: Story) -> str:
         """The whole page. Raises ConsistoryError if no story was watched, or only part of one, or Pillow is missing."""
         plan = self.notes.plan

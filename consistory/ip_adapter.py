@@ -177,7 +177,7 @@ class PicturePrompt:
     identity: str
 
     @classmethod
-    @torch.inference_mode()
+    @torch.no_grad()
     def make(cls, adapter: IPAdapter, features: Tensor, weight: float) -> PicturePrompt:
         """features: see `IPAdapter.read`. Raises ConsistoryError if they do not fit or the weight is not finite."""
         patches = ["S"] if isinstance(adapter.image_proj, Resampler) else []

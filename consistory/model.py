@@ -281,7 +281,7 @@ class ConsiStory:
         parts = [identity(self), *encoders, fingerprint(self.vae), str(self.schedule), str(self.zero_negative)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         *,
@@ -369,7 +369,7 @@ class ConsiStory:
             choose=choose, on_picture=on_picture, observer=observer,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw(
         self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, settings: dict[str, Any], *,
         places: Sequence[int], controls: Sequence[Control] = (), recorder: Recorder | None = None, on_step: OnStep,
@@ -519,7 +519,7 @@ class ConsiStory:
         (first, _), (second, pooled) = encoded
         return torch.cat([first, second], dim=-1), pooled
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
         """Pictures, uint8 [N, H, W, 3] -> latents, float32 [N, 4, h, w] on the CPU: the posterior's means."""
         dtype = self.vae.quant_conv.weight.dtype

@@ -462,6 +462,17 @@ def test_a_story(pipe: ConsiStory) -> None:
     }  # fmt: skip
 
 
+def test_results_are_ordinary_tensors(pipe: ConsiStory) -> None:
+    """Inference tensors could be neither changed in place nor trained on."""
+    story = pipe(subject="a cat", settings=["on the beach", "in the snow"], steps=4, width=32, height=32)
+    results = [story.latents, *story.masks.values(), *story.subject.masks.values(), pipe.encode(story.images)]
+    results += [tensor for nearest in story.nearest.values() for tensor in (nearest.index, nearest.distance)]
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in results)
+    scale = torch.ones((), requires_grad=True)
+    (story.latents * scale).sum().backward()
+    assert scale.grad == story.latents.sum()
+
+
 def test_chosen_pictures_are_those_of_the_whole_story(pipe: ConsiStory) -> None:
     arguments = {"subject": "a dog", "settings": ["at home", "by night", "in space", "in snow"], **SMALL}
     whole, records, pictures = pipe(**arguments), [], {}
