@@ -38,8 +38,6 @@ import judging
 import torch
 import torch.nn.functional as F
 from baselines.ip_adapter import features_of
-from consistory.kernels.injection import inject
-from consistory.weights.sprites.oracle import Oracle, Reading
 from judging import (
     IMAGES,
     Scores,
@@ -59,7 +57,9 @@ from torch import Tensor
 from consistory import ConsiStory, ConsistoryConfig, Story, ddim
 from consistory.correspondence import nearest_patches, smooth
 from consistory.injection import Injection
+from consistory.kernels.injection import inject
 from consistory.story import Observer, Plan, State, denoise, guided_output
+from consistory.weights.sprites.oracle import Oracle, Reading
 
 pipe: ConsiStory
 oracle: Oracle
@@ -192,13 +192,14 @@ def displacement(story: Story, reading: Reading) -> float:
     plan = pipe.plan(recipe, story.prompts)
     alpha_bar = ddim.alpha_bars(plan.schedule)[plan.timesteps[plan.dift_step]]
     noise = torch.randn(story.latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    noised = alpha_bar.sqrt() * story.latents + (1 - alpha_bar).sqrt() * noise
+    noised = ddim.add_noise(story.latents, noise, alpha_bar)
     _, control = guided_output(plan, State(plan.dift_step, noised, []), None, call=(1, plan.dift_step))
     assert control.dift is not None
 
     h, w = size = plan.sizes[plan.unet.strides[0]]
     inside = F.adaptive_avg_pool2d(reading.mask[:, None].float(), size).flatten(1) > 0.5  # [N, P]
-    index = nearest_patches(smooth(control.dift), size, inside, len(inside)).index  # [N, N, P]
+    everyone = torch.ones(len(inside), len(inside), dtype=torch.bool)
+    index = nearest_patches(smooth(control.dift), size, inside, everyone).index  # [N, N, P]
     place = torch.stack([torch.arange(h * w) // w / h, torch.arange(h * w) % w / w], dim=-1)
     distance = (place[index] - place).norm(dim=-1)
     pairs = [(i, j) for i in range(len(inside)) for j in range(len(inside)) if i != j and inside[j].any()]

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from consistory.kernels.correspondence import fused as correspondence
 from consistory.kernels.cross_attention import fused as cross_attention
 from consistory.kernels.extended_attention import fused as extended_attention
 from consistory.kernels.injection import fused as injection
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -27,13 +27,13 @@ from typing import Any
 import judging
 import torch
 from baselines import dreambooth, ip_adapter, textual_inversion
-from consistory.weights.sprites.oracle import Oracle
 from judging import IMAGES, Scores, Table, draw_set, in_per_cent, judge_missing, read_table, tell, write
 from measure import machine
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig
 from consistory.ip_adapter import IPAdapter
+from consistory.weights.sprites.oracle import Oracle
 
 TI_STEPS, TI_RATE = 150, 3e-2
 LORA_STEPS, LORA_RATE, RANK = 120, 3e-3, 4

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from consistory.weights.sprites.oracle import Oracle
 from judging import IMAGES, Scores, as_line, judge, summarise, tell, write
 from measure import machine
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig
+from consistory.weights.sprites.oracle import Oracle
 
 pipe: ConsiStory
 oracle: Oracle

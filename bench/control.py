@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 from judging import Scores, Summary, agreements, alignment, as_line, draw_set, summarise, tell, write
 from measure import machine
 from torch import Tensor
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, Control, ControlNet
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 
 IMAGES = 4
 HELD_OUT = 2**40  # training seeds its generators with smaller numbers

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from consistory.weights.sprites.oracle import Oracle, Reading
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 from torch import Tensor
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, Story
+from consistory.weights.sprites.oracle import Oracle, Reading
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 
 IMAGES = 5
 AGREEMENTS = ("main", "second", "pattern")  # what prompts leave open: both colours, and the pattern
@@ -94,7 +94,7 @@ def judge_missing(
     table: Table, tasks: Sequence[tuple[str, int]], judge: Callable[[str, int], dict[str, Scores]],
     prepare: Callable[[], None], jobs: int, save: Callable[[Table], None],
 ) -> None:  # fmt: skip
-    """Fill a table with the scores of rows and numbered sets, by so many processes of one thread each.
+    """Fill a table with the scores of rows and numbered sets, by `jobs` processes of one thread each.
 
     judge: from a row and a set to that row's scores, and those of rows that come with it.
     prepare: called once in every process.  save: called whenever a set is done.

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Call, machine, median_seconds, peak_bytes
+from peers import CONTENDERS, Attention, Cross, Inject, Match, Unavailable
+from torch import Tensor
+
 from consistory.kernels.correspondence import reference as match_reference
 from consistory.kernels.cross_attention import reference as cross_reference
 from consistory.kernels.extended_attention import reference as attention_reference
 from consistory.kernels.injection import inject
-from measure import Call, machine, median_seconds, peak_bytes
-from peers import CONTENDERS, Attention, Cross, Inject, Match, Unavailable
-from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative error, root mean square

@@ -26,10 +26,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from consistory.weights import loading
 from measure import machine
 
 from consistory import ConsiStory
+from consistory.weights import loading
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from single_file import build, to_original

@@ -34,8 +34,6 @@ from unittest.mock import patch
 
 import torch
 import triton
-from consistory.weights import loading
-from consistory.weights.loading import COMPONENTS, TensorSource, sdxl_configs
 from measure import machine
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,6 +48,8 @@ from consistory.text import TextEncoder
 from consistory.tokenizer import Tokenizer
 from consistory.unet import UNet
 from consistory.vae import VAE
+from consistory.weights import loading
+from consistory.weights.loading import COMPONENTS, TensorSource, sdxl_configs
 
 Configs = dict[str, dict[str, Any]]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import Call
+from torch import Tensor
+
 from consistory.kernels.correspondence import match
 from consistory.kernels.cross_attention import cross_attention
 from consistory.kernels.extended_attention import extended_attention, packed
 from consistory.kernels.injection import inject
-from measure import Call
-from torch import Tensor
 
 
 class Unavailable(Exception):

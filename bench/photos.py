@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 from judging import Scores, Table, as_line, judge_missing, read_table, share, summarise, write
 from measure import machine
 from numpy.typing import NDArray
@@ -31,6 +29,8 @@ from numpy.typing import NDArray
 from consistory import ConsiStory, ConsistoryConfig, Story, ddpm
 from consistory.config import PhotoConfig
 from consistory.photos import photo_model
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 
 PHOTOS, NEW = 2, 4  # pictures of a subject
 pipe: ConsiStory
@@ -52,13 +52,13 @@ def draw_photos(number: int) -> tuple[Scenes, NDArray[np.uint8], list[str]]:
 
 
 def personalized(**options: Any) -> Callable[[int, int], Story]:
-    """New pictures of a numbered subject in so many steps, with these options of `ConsiStory.personalize`."""
+    """New pictures of a numbered subject, with these options of `ConsiStory.personalize`."""
 
     def tell(number: int, steps: int) -> Story:
         _, photos, settings = draw_photos(number)
         kind = SUBJECTS[number % len(SUBJECTS)]
         subject = pipe.personalize(
-            list(photos), subject=f"a {kind}", concept=kind, seed=1000 * number, steps=steps, **options
+            list(photos), subject=f"a {kind}", concepts=[kind], seed=1000 * number, steps=steps, **options
         )
         return subject.extend(settings)
 

@@ -19,8 +19,6 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from consistory.kernels import backends
-from consistory.weights.loading import sdxl_configs
 from measure import machine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,8 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from consistory import ConsistoryConfig, QueryBlend
 from consistory.attention import AttentionControl
 from consistory.config import FreeU, ScheduleConfig, UNetConfig
+from consistory.kernels import backends
 from consistory.story import Plan, tell
 from consistory.unet import Conditioning, Encoded, UNet
+from consistory.weights.loading import sdxl_configs
 
 RELEASED = 112
 CONFIGS = {

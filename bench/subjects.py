@@ -31,9 +31,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites.loop import generator_for
-from consistory.weights.sprites.oracle import Oracle, Reading
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS, render, sample_scenes
 from judging import AGREEMENTS, as_line, summarise, write
 from measure import machine
 from numpy.typing import NDArray
@@ -42,6 +39,9 @@ from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig, masks, story
 from consistory.masks import Size
+from consistory.weights.sprites.loop import generator_for
+from consistory.weights.sprites.oracle import Oracle, Reading
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, render, sample_scenes
 
 IMAGES = 4
 SEPARATE = ConsistoryConfig(separate_subjects=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from consistory import ConsiStory, ConsistoryConfig
-from consistory.images import encode_png, make_grid, write_atomically
+from consistory.files import write_atomically
+from consistory.images import encode_png, make_grid
 
 SETTINGS = ["on the beach", "in the snow", "in space", "in the city at night", "in a meadow"]
 

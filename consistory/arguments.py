@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from consistory.weights.errors import ConsistoryError
 
 from .config import ConsistoryConfig, ScheduleConfig
+from .nouns import find_concept
 
 MOST_SEPARATE = 31  # subjects: the bits of an int32 but its sign
 
@@ -33,17 +33,17 @@ def compose_prompts(subject: str, settings: Sequence[str], style: str = "") -> l
 def check_either(settings: Sequence[str], style: str, prompts: Sequence[str] | None) -> None:
     """Raises ConsistoryError for whole prompts beside parts that prompts are composed of."""
     if prompts is not None and (check_texts("settings", settings) or style):
-        raise ConsistoryError("prompts are given beside settings or a style, which would go unused: give either")
+        raise ConsistoryError("prompts are given beside settings or a style, which would go unused: give only one")
 
 
 def check_list(name: str, value: Iterable[object] | None) -> None:
     """Raises ConsistoryError for a single string, whose letters would otherwise be taken for a list."""
     if isinstance(value, str):
-        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of them")
+        raise ConsistoryError(f"{name} is the single string {value!r}: give a list of strings")
 
 
 def check_texts(name: str, value: Iterable[object] | None) -> list[str]:
-    """Them, as a list; none for None. Raises ConsistoryError unless all are strings, and of Unicode."""
+    """The texts as a list, empty for None. Raises ConsistoryError unless all are strings of valid Unicode."""
     check_list(name, value)
     texts = []
     for text in () if value is None else value:
@@ -62,7 +62,7 @@ def check_kind(name: str, value: object, kind: type) -> None:
 
 
 def check_whole(name: str, number: int) -> int:
-    """The number, NumPy's or another library's as Python's. Raises ConsistoryError for one of a type with fractions."""
+    """The number as Python's int, be it NumPy's or another library's. Raises ConsistoryError unless it is whole."""
     try:
         return index(number)
     except TypeError:
@@ -70,14 +70,14 @@ def check_whole(name: str, number: int) -> int:
 
 
 def check_number(name: str, number: float) -> float:
-    """The number, NumPy's or another library's as Python's. Raises ConsistoryError for what is none."""
-    if not isinstance(number, Real):
-        raise ConsistoryError(f"{name} is {number!r}: give a number")
+    """The number as Python's float, be it NumPy's or another library's. Raises ConsistoryError unless it is finite."""
+    if not isinstance(number, Real) or not math.isfinite(number):
+        raise ConsistoryError(f"{name} is {number!r}: give a finite number")
     return float(number)
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:
-    """Them, as a list. Raises ConsistoryError unless there are 1 to 100."""
+    """The prompts as a list. Raises ConsistoryError unless there are 1 to 100."""
     texts = check_texts("prompts", prompts)
     if not 1 <= len(texts) <= 100:
         raise ConsistoryError(f"{len(texts)} prompts are given: a story has 1 to 100 pictures")
@@ -141,18 +141,16 @@ def check_choice(pictures: Sequence[int], images: int) -> list[int]:
 
 
 def check_sampling(steps: int, schedule: ScheduleConfig, guidance: float) -> tuple[int, float]:
-    """Both, as Python's numbers. Raises ConsistoryError for a number of steps or a guidance not to be sampled with."""
+    """Both, as Python's numbers. Raises ConsistoryError for more steps than the schedule has, or bad numbers."""
     steps = check_whole("steps", steps)
     most = schedule.train_steps - schedule.offset
     if not 1 <= steps <= most:
         raise ConsistoryError(f"{steps} steps are out of range: use 1 to {most}, commonly 20 to 50")
-    if not isinstance(guidance, Real) or not np.isfinite(guidance):
-        raise ConsistoryError(f"guidance {guidance!r} is not a number to sample with: use about 5")
-    return steps, float(guidance)
+    return steps, check_number("guidance", guidance)
 
 
 def check_negative(negative_prompt: str | None, guidance: float) -> None:
-    """Raises ConsistoryError for a negative prompt that is no string, or would do nothing."""
+    """Raises ConsistoryError for a negative prompt that is not a string, or would do nothing."""
     check_texts("negative_prompt", [negative_prompt or ""])
     if negative_prompt and guidance <= 1:
         raise ConsistoryError(
@@ -185,49 +183,6 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """[N, *shape] float32. Each image has a CPU generator of its own: the same noise on any device, in any batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators])
-
-
-# A word may have dots in it ("1.5"), or be a title that ends with one; else they are what ends a phrase, as commas are.
-WORDS = re.compile(r"""(?:St|Mr|Mrs|Ms|Dr)\.|[^\s,.;:!?()\[\]"“”]+(?:\.[^\s,.;:!?()\[\]"“”]+)*|[,.;:(]""")
-# Where the noun phrase at the start of a subject ends: "a cat | with a hat", "an old man | who smiles".
-PHRASE_END = re.compile(
-    r"with|without|in|inside|on|at|by|from|near|under|over|above|behind|beside|between|for|to|like|as|and|or|of|"
-    r"who|which|that|whose|made|dressed|covered|named|called|wrapped|[,.;:(]"
-)
-# A word in -ing after the noun ends it, too ("a cat | wearing a hat"), unless it is a noun itself, or there has been no
-# noun yet ("a cute smiling cat").
-NOUNS_IN_ING = re.compile(
-    "king|ring|wing|string|spring|swing|thing|being|building|painting|drawing|clothing|ceiling|viking|earring|duckling|"
-    "gosling|sibling|darling|starling|pudding|dumpling|railing|wedding|evening|morning|lightning"
-)
-ADJECTIVES = re.compile(
-    "cute|little|small|tiny|big|large|huge|giant|tall|short|long|old|young|new|ancient|antique|vintage|modern|"
-    "futuristic|red|orange|yellow|green|blue|purple|pink|brown|black|white|grey|gray|golden|silver|happy|sad|angry|"
-    "funny|silly|friendly|lovely|pretty|beautiful|handsome|ugly|scary|elegant|fancy|fluffy|furry|hairy|fat|thin|slim|"
-    r"chubby|round|magic|magical|mechanical|wooden|metal|plastic|steampunk|classic|\w+(?:ful|ous|less)"
-)
-# "a pair of shoes" is about shoes, unlike "the queen of hearts".
-MEASURES = re.compile("pair|couple|group|bunch|herd|pack|piece|kind|portrait|picture|photo|painting|drawing")
-
-
-def find_concept(subject: str) -> str:
-    """The head noun of a subject such as "a cute dog with a hat": its last word before any addition to it.
-
-    Raises ConsistoryError if there is none.
-    """
-    noun = ""
-    for word in WORDS.findall(subject):
-        lower = word.lower()
-        participle = lower.endswith("ing") and not NOUNS_IN_ING.fullmatch(lower)
-        if lower == "of" and MEASURES.fullmatch(noun.lower()):
-            noun = ""
-        elif PHRASE_END.fullmatch(lower) or (noun and participle and not ADJECTIVES.fullmatch(noun.lower())):
-            break
-        elif lower not in ("a", "an", "the"):
-            noun = word
-    if not noun:
-        raise ConsistoryError(f"no concept is found in the subject {subject!r}: name the word that stands for it")
-    return noun
 
 
 def choose_concepts(concepts: Sequence[str] | None, subject: str, config: ConsistoryConfig) -> list[str]:

@@ -25,7 +25,7 @@ from .text import Layers, TextEncoder
 from .tokenizer import Tokenizer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, red, green, blue
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+STD = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 16  # pictures at a time
 
 
@@ -72,23 +72,23 @@ class VisionEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preprocessor:
     """How a picture is made ready: its shorter side resized to `size`, the centre cut out, colours normalised."""
 
     size: int
     crop: tuple[int, int]  # height, width
     mean: tuple[float, ...] = MEAN
-    deviation: tuple[float, ...] = DEVIATION
+    std: tuple[float, ...] = STD
 
     @classmethod
-    def from_json(cls, d: dict[str, Any], image_size: int) -> Preparation:
+    def from_json(cls, d: dict[str, Any], image_size: int) -> Preprocessor:
         """From `preprocessor_config.json`; a number may stand for {"shortest_edge": n}, or for a square to cut out."""
         size, crop = d.get("size", image_size), d.get("crop_size", image_size)
         return cls(
             size=size if isinstance(size, int) else size["shortest_edge"],
             crop=(crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"]),
             mean=tuple(d.get("image_mean", MEAN)),
-            deviation=tuple(d.get("image_std", DEVIATION)),
+            std=tuple(d.get("image_std", STD)),
         )
 
     def __call__(self, image: Pixels) -> Tensor:
@@ -98,8 +98,8 @@ class Preparation:
         top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         cut = resized[top : top + self.crop[0], left : left + self.crop[1]]
         colours = torch.from_numpy(cut.copy()).permute(2, 0, 1).to(torch.float32) / 255
-        mean, deviation = (colours.new_tensor(values)[:, None, None] for values in (self.mean, self.deviation))
-        return (colours - mean) / deviation
+        mean, std = (colours.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (colours - mean) / std
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ImageEncoder:
     """The half for pictures: `ImageEncoder.from_pretrained(folder)`."""
 
     vision: VisionEncoder
-    prepare: Preparation
+    prepare: Preprocessor
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> ImageEncoder:
@@ -120,7 +120,7 @@ class ImageEncoder:
         vision, settings = VisionConfig.from_json(config), folder / "preprocessor_config.json"
         return cls(
             loading.load_module(lambda: VisionEncoder(vision), tensors, dtype=torch.float32, device=device),
-            Preparation.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
+            Preprocessor.from_json(loading.read_json(settings) if settings.exists() else {}, vision.image_size),
         )
 
     @torch.no_grad()

@@ -10,8 +10,6 @@ from consistory.weights.errors import ConsistoryError
 
 Json = Mapping[str, Any]
 
-CONTROL_DROPOUT = 0.7  # the paper's mask dropout where ControlNet steers
-
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
@@ -195,16 +193,16 @@ class ScheduleConfig:
     trailing: bool = False  # timesteps are counted from the noisiest one ("trailing") or from the cleanest ("leading")
 
     @classmethod
-    def from_json(cls, d: Json, predicts: str | None = None) -> ScheduleConfig:
+    def from_json(cls, d: Json, prediction_name: str | None = None) -> ScheduleConfig:
         """From diffusers' `scheduler_config.json`. Whatever sampler it names, sampling here is DDIM.
 
-        predicts: one of `PREDICTIONS`, whatever the file says.
+        prediction_name: one of `PREDICTIONS`, whatever the file says.
         Raises ConsistoryError for a schedule that is neither SDXL's nor a v-prediction variant of it.
         """
-        if predicts is not None:
-            if predicts not in PREDICTIONS:
-                raise ConsistoryError(f"the prediction is {predicts!r}: use one of {', '.join(PREDICTIONS)}")
-            kind, zero_terminal_snr = PREDICTIONS[predicts]
+        if prediction_name is not None:
+            if prediction_name not in PREDICTIONS:
+                raise ConsistoryError(f"the prediction is {prediction_name!r}: use one of {', '.join(PREDICTIONS)}")
+            kind, zero_terminal_snr = PREDICTIONS[prediction_name]
             d = {**d, "prediction_type": kind, "rescale_betas_zero_snr": zero_terminal_snr}
         prediction, betas = d.get("prediction_type", "epsilon"), d.get("beta_schedule", "scaled_linear")
         if not {"num_train_timesteps", "beta_start", "beta_end"} <= d.keys():
@@ -234,7 +232,7 @@ class ScheduleConfig:
         )
 
     @property
-    def predicts(self) -> str:
+    def prediction_name(self) -> str:
         """One of `PREDICTIONS`."""
         return next(name for name, kind in PREDICTIONS.items() if kind == (self.prediction, self.zero_terminal_snr))
 
@@ -394,7 +392,7 @@ class ConsistoryConfig:
     @classmethod
     def control(cls) -> ConsistoryConfig:
         """For use with ControlNet, where the paper drops more of the anchors."""
-        return cls(dropout=CONTROL_DROPOUT)
+        return cls(dropout=0.7)
 
     @classmethod
     def photos(cls) -> ConsistoryConfig:

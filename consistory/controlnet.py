@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import consistory.weights
@@ -29,12 +27,10 @@ from consistory.weights.errors import ConsistoryError
 from .arguments import check_number, check_whole, usable_device
 from .attention import AttentionControl
 from .config import ControlNetConfig
-from .images import is_rgb
+from .images import Pixels, is_rgb
 from .unet import Conditioning, Encoded, Encoder, UNet
 
 logger = logging.getLogger(__name__)
-
-Pixels = NDArray[np.uint8]
 
 SPRITES = Path(consistory.weights.__file__).parent / "sprites" / "control"
 
@@ -116,7 +112,7 @@ class ControlNet(Encoder):
     def from_single_file(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> ControlNet:
-        """Load a ControlNet of SDXL from one `.safetensors` file, with diffusers' names or the original ones.
+        """Load an SDXL ControlNet from one `.safetensors` file, with diffusers' names or the original ones.
 
         Raises ConsistoryError for a missing, damaged or unsuitable ControlNet and for an unknown device.
         """
@@ -175,8 +171,6 @@ class Control:
             object.__setattr__(self, name, check_number(f"a control's {name}", getattr(self, name)))
         if self.only is not None:
             object.__setattr__(self, "only", [check_whole("a picture's number", number) for number in self.only])
-        if not math.isfinite(self.weight):
-            raise ConsistoryError(f"control weight {self.weight} is not a number to steer with: use about 0.5 to 1")
         if not 0 <= self.start < self.end <= 1:
             raise ConsistoryError(f"a control acts from {self.start} to {self.end}: use rising fractions of the steps")
         for image in self.images:
@@ -185,7 +179,7 @@ class Control:
                 raise ConsistoryError(f"a control picture is {given}: give arrays uint8 [H, W, 3], in RGB")
 
     def steered(self, pictures: int) -> list[int]:
-        """Which of so many pictures it steers."""
+        """Which of a story's pictures it steers."""
         return list(range(pictures) if self.only is None else self.only)
 
     def stretched(self, size: tuple[int, int]) -> Control:
@@ -221,7 +215,7 @@ class Control:
         }  # fmt: skip
 
     def steering(self, cond: Conditioning, steps: int) -> Steering:
-        """For a story of so many steps. cond: of all its samples, its context token states."""
+        """What it is in a story. cond: of all its samples, its context token states."""
         net, halves = self.net, 1 + cond.guided
         numbers = self.steered(len(cond.pooled) // halves)
         own, like = cond.of(numbers), net.conv_in.weight
@@ -280,7 +274,7 @@ def as_input(image: Pixels) -> Tensor:
 def check_controls(
     controls: Sequence[Control], pictures: int, steps: int, unet: UNet, stride: int, device: torch.device
 ) -> None:
-    """Raises ConsistoryError if controls do not fit a story of so many pictures and steps, or the model that draws it.
+    """Raises ConsistoryError if controls do not fit the numbers of pictures and steps, or the model that draws them.
 
     stride: pixels per latent.  device: where the model runs, wherever its weights lie.
     """

@@ -21,10 +21,6 @@ class Nearest:
     index: Tensor
     distance: Tensor
 
-    def among(self, share: Tensor) -> Nearest:
-        """The same with anchors that an image does not read infinitely far from it. share: bool [N, A]."""
-        return Nearest(self.index, self.distance.masked_fill(~share[..., None], torch.inf))
-
 
 def smooth(features: Tensor) -> Tensor:
     """3x3 Gaussian (sigma 1, zero padding) over each channel of [N, C, h, w]."""
@@ -36,29 +32,29 @@ def smooth(features: Tensor) -> Tensor:
 
 
 def nearest_patches(
-    dift: Tensor, size: Size, subject_mask: Tensor, anchors: int, anchor_dift: Tensor | None = None
+    dift: Tensor, size: Size, subject_mask: Tensor, share: Tensor, anchor_dift: Tensor | None = None
 ) -> Nearest:
     """Eqs. 8-9: match every image's patches with the subject patches of every anchor.
 
-    dift: [N, C, h, w] smoothed features. size: height and width in patches of the resolution to match at.
-    subject_mask: bool [N, P]; an anchor's patches outside its mask count as distance 2, the largest there is.
-    An anchor is never its own source: its distances to itself are infinite.
-    anchor_dift: [A, C, h, w] of recorded anchors, none of which is among the images; then subject_mask is theirs.
+    dift: [N, C, h, w] smoothed features, the A anchors' first.
+    size: height and width in patches of the resolution to match at.
+    subject_mask: bool [A or N, P]; an anchor's patches outside its mask count as distance 2, the largest there is.
+    share: bool [N, A], True where image i may draw from anchor a; all other distances are infinite.
+    anchor_dift: [A, C, h, w] of recorded anchors, if they are not among the images.
     """
+    anchors = share.shape[1]
     features = patches(F.interpolate(dift, size, mode="bilinear"))
-    if anchor_dift is not None:
-        return Nearest(*match(features, patches(F.interpolate(anchor_dift, size, mode="bilinear")), subject_mask))
-    index, distance = match(features, features[:anchors], subject_mask[:anchors])
-    own = torch.eye(len(dift), anchors, dtype=torch.bool, device=dift.device)
-    return Nearest(index, distance.masked_fill(own[..., None], torch.inf))
+    source = features if anchor_dift is None else patches(F.interpolate(anchor_dift, size, mode="bilinear"))
+    index, distance = match(features, source[:anchors], subject_mask[:anchors])
+    return Nearest(index, distance.masked_fill(~share[..., None], torch.inf))
 
 
-def nearest_in_regions(dift: Tensor, size: Size, regions: Tensor, anchors: int) -> Nearest:
+def nearest_in_regions(dift: Tensor, size: Size, regions: Tensor, share: Tensor) -> Nearest:
     """`nearest_patches` where a patch draws only from the anchors' patches of the regions, bool [N, R, P], it is in.
 
     Patches in no region draw from all, as everywhere if R = 1.
     """
-    found = [nearest_patches(dift, size, region, anchors) for region in regions.unbind(dim=1)]
+    found = [nearest_patches(dift, size, region, share) for region in regions.unbind(dim=1)]
     index, distance = (torch.stack(each) for each in zip(*((n.index, n.distance) for n in found), strict=True))
     draws = regions | ~regions.any(dim=1, keepdim=True)
     distance, region = distance.masked_fill(~draws.transpose(0, 1)[:, :, None], torch.inf).min(dim=0)

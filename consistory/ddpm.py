@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import ddim
 from .config import ScheduleConfig
+from .masks import generator_for
 
 Predict = Callable[[Tensor, int], Tensor]  # x_t [A, 4, h, w] and the number of its step -> the guided output, like x_t
 
@@ -66,8 +66,7 @@ def noised(x0: Tensor, seeds: Sequence[int], schedule: ScheduleConfig, steps: in
     a CPU generator of its own: the same noise on any device, in any batch.
     """
     # Other draws than those which pictures generated from the same seed start from.
-    words = [np.random.SeedSequence([seed, 0]).generate_state(2) for seed in seeds]
-    generators = [torch.Generator().manual_seed(int(high) << 32 | int(low)) for high, low in words]
+    generators = [generator_for(seed, 0) for seed in seeds]
     shape = 1 if fixed else steps, *x0.shape[1:]
     draws = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
     eps = torch.stack(draws, dim=1).to(x0)
@@ -77,32 +76,25 @@ def noised(x0: Tensor, seeds: Sequence[int], schedule: ScheduleConfig, steps: in
 
 @dataclass(frozen=True)
 class Inversion:
-    """What reproduces pictures: latents [A, 4, h, w] before step `skip`, and the noise maps [steps - skip, A, 4, h, w]
-    of the steps from there."""
+    """What reproduces pictures: latents [A, 4, h, w] before the first step, and the noise maps [steps, A, 4, h, w]."""
 
     start: Tensor
     maps: Tensor
-    skip: int
 
 
-def invert(
-    predict: Predict, x0: Tensor, seeds: Sequence[int], schedule: ScheduleConfig, steps: int, skip: int = 0
-) -> Inversion:
-    """Noise maps of latents x0 [A, 4, h, w], one seed each.
-
-    skip: so many of the first steps are left out (the paper's T_skip): less of a picture can then be changed.
-    """
+def invert(predict: Predict, x0: Tensor, seeds: Sequence[int], schedule: ScheduleConfig, steps: int) -> Inversion:
+    """Noise maps of latents x0 [A, 4, h, w], one seed each."""
     x = noised(x0, seeds, schedule, steps)
     maps = [
         noise_map(x[i], predict(x[i], i), x[i + 1], Levels.of(schedule, steps, i), schedule.prediction)
-        for i in range(skip, steps)
+        for i in range(steps)
     ]
-    return Inversion(x[skip], torch.stack(maps), skip)
+    return Inversion(x[0], torch.stack(maps))
 
 
 def generate(predict: Predict, inversion: Inversion, schedule: ScheduleConfig, steps: int) -> Tensor:
     """The latents [A, 4, h, w] that sampling with the noise maps ends in: x0, if `predict` is that of `invert`."""
     x = inversion.start
-    for i, z in enumerate(inversion.maps, start=inversion.skip):
+    for i, z in enumerate(inversion.maps):
         x = step(x, predict(x, i), z, Levels.of(schedule, steps, i), schedule.prediction)
     return x

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +59,7 @@ class Ranks:
             dist.all_gather_object(brought, x, self.group)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise ConsistoryError(f"another rank has ended too early ({reason}): see what it says") from None
+            raise ConsistoryError(f"another rank stopped early ({reason}): see its output") from None
         return brought
 
     def agree(self, x: T | ConsistoryError) -> T:
@@ -146,9 +147,10 @@ def put_together(share: Story, ranks: Ranks) -> Story:
     # A rank that had nothing to draw did not run the anchors.
     subject = replace(share.subject, masks=max((fields.pop("subject") for fields in shares), key=len))
     stories = [replace(share, subject=subject, **fields) for fields in shares]
-    order = [(index % ranks.size, index // ranks.size) for index in range(sum(len(s.prompts) for s in stories))]
-    first, *others = [stories[rank].select(slice(place, place + 1)) for rank, place in order] or [share]
-    return first.join(others)
+    # One rank's pictures after the other's: picture i is number i // size of rank i % size.
+    before = [0, *accumulate(len(story.prompts) for story in stories)]
+    order = [before[i % ranks.size] + i // ranks.size for i in range(before[-1])]
+    return stories[0].join(stories[1:]).select(order)
 
 
 def moved(x: Any, device: str | torch.device) -> Any:

@@ -26,10 +26,12 @@ from torch import Tensor
 from consistory.weights.errors import ConsistoryError
 from consistory.weights.loading import read_json
 
-from .arguments import check_anchors, check_prompts, choose_concepts, compose_prompts, expand_seeds, find_concept
+from .arguments import check_anchors, check_prompts, choose_concepts, compose_prompts, expand_seeds
 from .config import ConsistoryConfig
-from .images import RECORD, Pixels, check_can_save, check_free, encode_png, read_png, write_atomically
+from .files import write_atomically
+from .images import RECORD, Pixels, check_can_save, check_free, encode_png, read_png
 from .masks import average_maps, subject_masks
+from .nouns import find_concept
 from .story import Observer, OnStep, Plan, State
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def _parse(path: Path, text: str) -> Any:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ConsistoryError(f"{path} is not JSON ({error}): mend it there") from None
+            raise ConsistoryError(f"{path} is not JSON ({error}): fix it there") from None
     try:
         import yaml
     except ImportError:
@@ -105,7 +107,7 @@ def _parse(path: Path, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConsistoryError(f"{path} is not YAML ({' '.join(str(error).split())}): mend it there") from None
+        raise ConsistoryError(f"{path} is not YAML ({' '.join(str(error).split())}): fix it there") from None
 
 
 def _read_set(path: Path, number: int, entry: Any) -> PromptSet:
@@ -194,7 +196,7 @@ def evaluate(
             row |= old_scores(there, row)
     name = there.get("clip") if clip is None else clip.name
     write_results(out, run, name if summarise(rows) else None, rows)
-    return describe(rows, out)
+    return as_table(rows, out)
 
 
 def is_drawn(one: PromptSet, folder: Path, seeds: list[int]) -> bool:
@@ -319,7 +321,7 @@ def write_results(out: Path, run: Json, clip: str | None, rows: Sequence[Mapping
         raise ConsistoryError(f"{out} cannot be written ({error.strerror}): choose another folder") from None
 
 
-def describe(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
+def as_table(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """A table: one line for each set, then means and standard errors."""
     summary = summarise(rows)
     if not summary:

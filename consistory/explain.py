@@ -39,7 +39,8 @@ from consistory.weights.errors import ConsistoryError
 
 from . import ddim
 from .attention import Around, AttentionControl, Site
-from .images import Pixels, check_can_save, encode_jpeg, encode_png, write_atomically
+from .files import write_atomically
+from .images import Pixels, check_can_save, encode_jpeg, encode_png
 from .injection import plan_injection
 from .masks import Size, average_maps
 from .sdsa import Consistent
@@ -69,7 +70,7 @@ class Note:
 
 
 @dataclass
-class Sum:
+class RunningMean:
     """A running mean over layers."""
 
     total: Tensor | None = None
@@ -87,7 +88,7 @@ class Sum:
 
 @dataclass
 class Notes:
-    """Of one story. E pictures are shown.
+    """Notes on one story. E pictures are shown.
 
     passes: one list of notes for each.  stages: names and when they began, in seconds without the note-taking's own.
     readings: {step: float [E, Q, 1 + A, K]} attention of Q query patches to K patches of the own picture and of each
@@ -100,8 +101,8 @@ class Notes:
     latents: Tensor | None = None
     passes: list[list[Note]] = field(default_factory=list)
     stages: list[tuple[str, float]] = field(default_factory=list)
-    readings: dict[int, Sum] = field(default_factory=dict)
-    pulls: dict[int, Sum] = field(default_factory=dict)
+    readings: dict[int, RunningMean] = field(default_factory=dict)
+    pulls: dict[int, RunningMean] = field(default_factory=dict)
     aside: float = 0.0
 
 
@@ -139,8 +140,8 @@ class Trace(Observer):
         if control.sharing is None or not (wanted or blended):
             return control
         # The second pass draws the pictures: what it reads replaces what the first has read at the same step.
-        reading = self.notes.readings[state.step] = Sum()
-        pull = self.notes.pulls[state.step] = Sum()
+        reading = self.notes.readings[state.step] = RunningMean()
+        pull = self.notes.pulls[state.step] = RunningMean()
         images = len(state.x)
 
         def look(q: Tensor, k: Tensor, site: Site) -> None:
@@ -168,7 +169,7 @@ class Trace(Observer):
         for i in range(shown(plan)):
             keys = torch.cat([k[i : i + 1], k[: plan.anchors]])
             readable = torch.cat([own, key_mask & share[i, :, None]]).flatten()
-            read = Sum()
+            read = RunningMean()
             for head in range(q.shape[1]):  # one by one: a matrix of all heads takes much memory at large sizes
                 scores = q[i, head].float() @ keys[:, head].flatten(0, 1).float().T / q.shape[-1] ** 0.5
                 read.add(scores.masked_fill(~readable, -torch.inf).softmax(-1))
@@ -214,7 +215,7 @@ class Trace(Observer):
         """The whole page. Raises ConsistoryError if no story was watched, or only part of one, or Pillow is missing."""
         plan = self.notes.plan
         if plan is None or self.notes.latents is None:
-            raise ConsistoryError("this trace has watched no story: hand it to the call, observer=trace")
+            raise ConsistoryError("this trace has watched no story: pass it to the call as observer=trace")
         if len(plan.token_weights) != len(story.images):
             raise ConsistoryError("this trace has watched part of the story only: draw it without chunk and choose")
         if not torch.equal(self.notes.latents.to(story.latents), story.latents):

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from consistory.weights.errors import ConsistoryError
 
+from .files import whole_name, write_atomically
+
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
@@ -63,13 +65,13 @@ def save_story(story: Pictures, folder: Path) -> None:
     if not len(story.images):
         raise ConsistoryError("the story has no pictures: there is nothing to save")
     check_free(folder, len(story.images))
-    album = Album(folder, describe(story.prompts, story.concepts, story.seeds, story.settings))
+    album = Album(folder, make_record(story.prompts, story.concepts, story.seeds, story.settings))
     for index, image in enumerate(story.images):
         album.add(index, image)
     album.finish()
 
 
-def describe(prompts: list[str], concepts: list[str], seeds: list[int], settings: Mapping[str, Any]) -> Record:
+def make_record(prompts: list[str], concepts: list[str], seeds: list[int], settings: Mapping[str, Any]) -> Record:
     """Everything that is needed to run a story again, as JSON would hold it."""
     version = importlib.metadata.version("consistory")
     return {"version": version, "prompts": prompts, "concepts": concepts, "seeds": seeds, **settings}
@@ -88,7 +90,7 @@ class Album:
     Pictures of another story are overwritten one by one; those past the end of this one go when it is finished.
     Pictures that are nobody's story, and another story.json, are left alone: if one is in the way, nothing is drawn.
 
-    record: see `describe`; by default what `begin` is given.
+    record: see `make_record`; by default what `begin` is given.
     """
 
     folder: Path
@@ -153,7 +155,7 @@ class Album:
         """Pictures of an earlier story that this one does not overwrite, and parts of files that a killed run left."""
         paths = [path for path in self.folder.iterdir() if path.name not in self._names]
         numbered = [path for path in paths if re.fullmatch(r"\d+\.png", path.name)]
-        parts = [path for path in paths if re.fullmatch(r"\.(\d+\.png|grid\.png|story\.json)\.\d+\.part", path.name)]
+        parts = [path for path in paths if re.fullmatch(r"\d+\.png|grid\.png|story\.json", whole_name(path) or "")]
         return [path for path in numbered if read_record(path)] + parts
 
 
@@ -212,8 +214,8 @@ def check_can_save(folder: Path) -> None:
 
 
 def check_free(folder: Path, pictures: int, *, page: bool = False) -> None:
-    """Raises ConsistoryError if what a story of so many pictures would overwrite is not of a story: a picture, the grid
-    or the record; with `page`, also the page.
+    """Raises ConsistoryError if a story of this many pictures would overwrite what is not a story's: a picture, the
+    grid or the record; with `page`, also the page.
     """
     for name in (*picture_names(pictures), GRID):
         if os.path.lexists(folder / name) and not is_picture(folder / name):
@@ -230,7 +232,7 @@ def picture_names(pictures: int) -> list[str]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a story's picture or grid is there, or a file that is no picture any more."""
+    """Whether a story's picture or grid is there, or a file that is not a whole picture any more."""
     pillow = _pillow()
     try:
         with pillow.Image.open(path) as image:  # which reads the text before the pixels, but not these
@@ -346,16 +348,6 @@ def read_picture(path: Path, background: str = "white") -> Pixels:
         raise ConsistoryError(f"{path} has too many pixels: make it smaller") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ConsistoryError(f"{path} cannot be read ({error}): save the picture again") from None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whoever looks at the path sees the file before, or the whole file after, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _pillow() -> ModuleType:

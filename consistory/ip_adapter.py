@@ -10,8 +10,6 @@ the published ones.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from .arguments import check_number
 from .attention import PromptKeys, Site, TransformerBlock
 from .clip import ImageEncoder
 from .images import Pixels
-from .subject import fingerprint
+from .subject import digest, fingerprint
 from .unet import UNet
 
 PictureKeys = Mapping[Site, tuple[Tensor, Tensor]]  # keys and values of every layer, each [B, H, T, d]
@@ -189,14 +187,12 @@ class PicturePrompt:
                 "encoder that the adapter was trained with"
             )
         weight = check_number("picture weight", weight)
-        if not math.isfinite(weight):
-            raise ConsistoryError(f"picture weight {weight} is not a number to prompt with: use about 0.5 to 1")
-        digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
+        features_digest = digest(features)
         keys = adapter(features.to(next(adapter.parameters())))
         return cls(
             {site: (k, weight * v) for site, (k, v) in keys.items()},
-            {"adapter": adapter.name, "features": digest, "weight": weight},
-            f"{fingerprint(adapter)}*{digest}*{weight:g}",
+            {"adapter": adapter.name, "features": features_digest, "weight": weight},
+            f"{fingerprint(adapter)}*{features_digest}*{weight:g}",
         )
 
     def beside(self, prompts: Mapping[Site, PromptKeys], guided: bool) -> dict[Site, PromptKeys]:

@@ -52,11 +52,12 @@ def draw_dropout(seed: int, stride: int, steps: int, anchors: int, patches: int,
     Every anchor and resolution has a CPU generator of its own, so the draws depend on the seed alone: not on the
     device, nor on how many images there are, nor on what else draws random numbers.
     """
-    generators = [_generator(seed, stride, anchor) for anchor in range(anchors)]
+    generators = [generator_for(seed, stride, anchor) for anchor in range(anchors)]
     draws = [torch.rand(steps, patches, generator=each, dtype=torch.float32, device="cpu") for each in generators]
     return torch.stack(draws, dim=1) >= p
 
 
-def _generator(seed: int, *key: int) -> torch.Generator:
+def generator_for(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator of its own for every key: draws for different keys are independent."""
     words = np.random.SeedSequence([seed, *key]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))

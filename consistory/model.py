@@ -68,7 +68,7 @@ LoRAs = Sequence[str | Path | tuple[str | Path, float]]  # files, with weights o
 class Story:
     """Pictures of one subject, and how they came about.
 
-    images: uint8 [N, H, W, 3].  latents: float32 [N, 4, h, w], the last ones.
+    images: uint8 [N, H, W, 3].  latents: float32 [N, 4, h, w], the final ones.
     masks: {stride: bool [N, P]} and nearest: {stride: indices and distances [N, A, P]}, what injection used.
     settings: the parameters of the run, as JSON would hold them.
     subject: the anchors, for more pictures of the same subject.
@@ -84,16 +84,17 @@ class Story:
     nearest: dict[int, Nearest] = field(repr=False)
     subject: Subject = field(repr=False)
 
-    def select(self, pictures: slice) -> Story:
-        """The story with some of its pictures only."""
+    def select(self, pictures: Sequence[int]) -> Story:
+        """The story of some of its pictures, in this order."""
+        chosen = list(pictures)
         return replace(
             self,
-            images=self.images[pictures],
-            prompts=self.prompts[pictures],
-            seeds=self.seeds[pictures],
-            latents=self.latents[pictures],
-            masks={stride: mask[pictures] for stride, mask in self.masks.items()},
-            nearest={s: Nearest(n.index[pictures], n.distance[pictures]) for s, n in self.nearest.items()},
+            images=self.images[chosen],
+            prompts=[self.prompts[i] for i in chosen],
+            seeds=[self.seeds[i] for i in chosen],
+            latents=self.latents[chosen],
+            masks={stride: mask[chosen] for stride, mask in self.masks.items()},
+            nearest={s: Nearest(n.index[chosen], n.distance[chosen]) for s, n in self.nearest.items()},
         )
 
     def join(self, others: Sequence[Story]) -> Story:
@@ -157,7 +158,7 @@ class ConsiStory:
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
             other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
             all of them stay on the device.
-        tile: decode pictures of any size in tiles of so many rows, which takes a third of the memory and twice the
+        tile: decode pictures of any size in tiles of this many rows, which takes a third of the memory and twice the
             work; by default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable file, and for an unknown device, spacing or
         prediction.
@@ -211,7 +212,7 @@ class ConsiStory:
         unet, autoencoder = parts["unet"][0], parts["vae"][0]
         if unet["in_channels"] != autoencoder["latent_channels"]:
             channels = f'a UNet of {unet["in_channels"]} channels for latents of {autoencoder["latent_channels"]}'
-            raise ConsistoryError(f"{name} is no SDXL base checkpoint ({channels}): it may be one for inpainting")
+            raise ConsistoryError(f"{name} is not an SDXL base checkpoint ({channels}): it may be one for inpainting")
         check_list("loras", loras)
         pairs = [(one, 1.0) if isinstance(one, (str, Path)) else one for one in loras]
         if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
@@ -245,7 +246,7 @@ class ConsiStory:
         )
 
     def with_picture(self, adapter: IPAdapter, features: Tensor, weight: float = 1.0) -> ConsiStory:
-        """The same model, all of whose pictures a picture prompts beside the words; see `consistory.ip_adapter`.
+        """The same model with a picture as a further prompt for everything it draws; see `consistory.ip_adapter`.
 
         features: the picture's, from `IPAdapter.read`.  weight: factor of what is added.
         Raises ConsistoryError if they do not fit the adapter, or the adapter does not fit the model.
@@ -318,12 +319,12 @@ class ConsiStory:
             want it, and a step takes half the work; nor can there be a negative prompt.
         clip_skip: layers of the text encoders to leave out besides the last one, which SDXL does without; as in
             diffusers, of the prompts only, not of the negative prompt. By default 0.
-        anchors: the first so many pictures share their subject with all; by default 2.
+        anchors: how many pictures, the first ones, share their subject with all; by default 2.
         width, height: in pixels; by default what the checkpoint was trained for.
         controls: ControlNets with the pictures that they steer by.
-        chunk: draw at most so many pictures at a time beside the anchors, to save memory; the result does not depend
-            on it but for rounding. Every chunk runs the anchors again, unless they are recorded: with 2 anchors, a
-            story of 8 pictures takes the work of 18 for chunk=1, of 10 for chunk=3. By default all are drawn at once.
+        chunk: draw at most this many pictures at a time alongside the anchors, to save memory; the result does not
+            depend on it, up to rounding. Every chunk runs the anchors again, unless they are recorded: with 2 anchors,
+            a story of 8 pictures takes the work of 18 for chunk=1, of 10 for chunk=3. By default all are drawn at once.
         config: the method's settings; by default `ConsistoryConfig()`, or `ConsistoryConfig.control()` with controls.
         record: a file for all that later pictures need of the anchors, so that these need not be drawn again; see
             `Subject`.
@@ -334,7 +335,8 @@ class ConsiStory:
         on_picture: called as on_picture(index, image) as soon as a picture is decoded, uint8 [H, W, 3].
         observer: looks on, such as a `consistory.explain.Trace`.
 
-        Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model.
+        Raises ConsistoryError, before any work, if the arguments do not fit together or do not fit the model; after it,
+        if what the model makes is not finite or a recording cannot be written.
         """
         if config is None:
             config = ConsistoryConfig.control() if controls else ConsistoryConfig()
@@ -370,7 +372,7 @@ class ConsiStory:
         )
 
     @torch.no_grad()
-    def draw(
+    def draw_batch(
         self, subject: Subject, prompts: list[str], seeds: list[int], latents: Tensor, settings: dict[str, Any], *,
         places: Sequence[int], controls: Sequence[Control] = (), recorder: Recorder | None = None, on_step: OnStep,
         on_picture: OnPicture, observer: Observer | None = None,
@@ -435,7 +437,7 @@ class ConsiStory:
         images: Sequence[Photo],
         *,
         subject: str = "",
-        concept: str | Sequence[str] | None = None,
+        concepts: Sequence[str] | None = None,
         style: str = "",
         prompts: Sequence[str] | None = None,
         method: str = "inversion",
@@ -456,7 +458,7 @@ class ConsiStory:
             size is cut to its centre and resized.
         subject, style: a photo's prompt is "{style} {subject}", unless `prompts` are given, one for each photo; and
             prompts of settings begin so.
-        concept: word or phrase for the subject, or several; by default the subject's head noun.
+        concepts: words or phrases for the subject; by default the subject's head noun.
         method: "inversion" | "noise", photo_guidance, align_keys, anchors_read: see `PhotoConfig`.
         seed: of the photos' noise.  config: by default `ConsistoryConfig.photos()`.
         Other arguments are those of a story.
@@ -475,7 +477,7 @@ class ConsiStory:
         photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
         check_negative(negative_prompt, guidance)
         seeds = expand_seeds(seed, len(images))
-        concepts = choose_concepts([concept] if isinstance(concept, str) else concept, subject, config)
+        concepts = choose_concepts(concepts, subject, config)
         self.token_weights(prompts, concepts)  # every prompt has to contain them
         recipe = Recipe(
             prompts=prompts, seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
@@ -484,7 +486,7 @@ class ConsiStory:
         )
         return Subject(self, recipe, {}, photos=self.encode(read_photos(images, height, width)))
 
-    def no_pictures(self, subject: Subject, settings: dict[str, Any]) -> Story:
+    def empty_story(self, subject: Subject, settings: dict[str, Any]) -> Story:
         """A story that others can be joined to."""
         height, width = subject.recipe.height, subject.recipe.width
         return Story(
@@ -494,7 +496,7 @@ class ConsiStory:
         )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a picture of so many pixels."""
+        """Channels, height and width of the latents of a picture, whose size is given in pixels."""
         stride = self.vae.config.stride
         return self.unet.config.channels, height // stride, width // stride
 

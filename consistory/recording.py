@@ -141,7 +141,7 @@ def spread(rows: Tensor, mask: Tensor) -> Tensor:
 
 
 def most_tensors(unet: UNet, steps: int) -> int:
-    """How many tensors a recording of so many steps can have."""
+    """How many tensors a recording can have at most."""
     return 2 * steps * (len(self_attentions(unet)) + len(unet.strides)) + len(unet.strides) + 2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,16 +85,13 @@ class Consistent(AttentionControl):
         if self.sharing is None or site.part != "decoder":
             return super().self_attention(q, k, v, site)
         q, k, v = (rearrange(y, "(g n) h p d -> g n h p d", n=self.images) for y in (q, k, v))
-        if self.sharing.align_keys:
-            out = aligned_attention(
-                q, k, v, self.sharing.key_masks[site.stride], self.sharing.share,
-                q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
-            )  # fmt: skip
-            return rearrange(out, "g n h p d -> (g n) h p d")
-        anchor_k, anchor_v = self.recorded.keys_values(site) if self.recorded else (None, None)
-        out = extended_attention(
-            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, anchor_k=anchor_k, anchor_v=anchor_v,
-            q_blend=self._vanilla_queries(site), regions=self.sharing.regions.get(site.stride),
+        attend: Callable[..., Tensor] = aligned_attention if self.sharing.align_keys else extended_attention
+        if self.recorded is not None:
+            anchor_k, anchor_v = self.recorded.keys_values(site)
+            attend = partial(attend, anchor_k=anchor_k, anchor_v=anchor_v)
+        out = attend(
+            q, k, v, self.sharing.key_masks[site.stride], self.sharing.share, q_blend=self._vanilla_queries(site),
+            regions=self.sharing.regions.get(site.stride),
         )  # fmt: skip
         return rearrange(out, "g n h p d -> (g n) h p d")
 

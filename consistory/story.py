@@ -264,10 +264,9 @@ def correspondences(plan: Plan, dift: Tensor, regions: dict[int, Tensor]) -> dic
         plan.recorder.subject(dift[: plan.anchors], {s: r[: plan.anchors].any(dim=1) for s, r in regions.items()})
     dift = smooth(at_least_float32(dift))
     if plan.recorded is None:
-        found = {s: nearest_in_regions(dift, size, regions[s], plan.anchors) for s, size in plan.sizes.items()}
-        return {s: nearest.among(plan.share) for s, nearest in found.items()}
+        return {s: nearest_in_regions(dift, size, regions[s], plan.share) for s, size in plan.sizes.items()}
     anchor_dift, masks = smooth(at_least_float32(plan.recorded.dift)), plan.recorded.masks
-    return {s: nearest_patches(dift, size, masks[s], plan.anchors, anchor_dift) for s, size in plan.sizes.items()}
+    return {s: nearest_patches(dift, size, masks[s], plan.share, anchor_dift) for s, size in plan.sizes.items()}
 
 
 def blend_weight(config: ConsistoryConfig, step: int, steps: int) -> float | None:

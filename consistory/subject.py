@@ -34,7 +34,7 @@ from .arguments import (
 )
 from .config import ConsistoryConfig, PhotoConfig
 from .controlnet import Control, ControlNet, check_controls
-from .images import Choose, OnPicture, describe, every_picture
+from .images import Choose, OnPicture, every_picture, make_record
 from .recording import Recorded, Recorder, most_tensors
 from .story import Observer, OnStep
 from .tensorfile import TensorFile, is_intact
@@ -103,7 +103,7 @@ class Subject:
 
         seed: as for a story; by default seeds go on after those that led to this subject. To go on from there in turn,
             extend the new story's `subject`. `latents` [N, 4, h, w] are noise given outright.
-        chunk: at most so many new pictures at a time; the result does not depend on it but for rounding.
+        chunk: at most this many new pictures at a time; the result does not depend on it, up to rounding.
         controls: ControlNets for the new pictures. The anchors keep their own.
         on_step, choose, on_picture: as for a story. Only new pictures count.
 
@@ -153,7 +153,7 @@ class Subject:
         pipe.token_weights(prompts, self.recipe.concepts)
         pipe.tokenizers[0].encode([*prompts[first:], self.recipe.negative_prompt or ""])
         settings = self._settings(given, controls)
-        story = describe(prompts[first:], self.recipe.concepts, seeds[first:], settings)
+        story = make_record(prompts[first:], self.recipe.concepts, seeds[first:], settings)
         chosen = [first + i for i in check_choice(choose(story), len(prompts) - first)]
         batches = split(chosen, anchors, chunk)
 
@@ -161,7 +161,7 @@ class Subject:
             batch = batches[number]
             along = range(anchors) if subject.recorded is None and config.uses_anchors else ()
             run = sorted({*batch, *along})
-            return pipe.draw(
+            return pipe.draw_batch(
                 subject, [prompts[i] for i in run], [seeds[i] for i in run], noise[run], settings,
                 places=[run.index(i) for i in batch], recorder=recorder,
                 controls=[part for control in controls if (part := control.part(run)) is not None],
@@ -170,8 +170,8 @@ class Subject:
             )  # fmt: skip
 
         if record is not None and not batches:  # no picture is missing, but the recording is
-            return pipe.no_pictures(self.record(record, on_step=on_step), settings)
-        parts = [pipe.no_pictures(self, settings)]
+            return pipe.empty_story(self.record(record, on_step=on_step), settings)
+        parts = [pipe.empty_story(self, settings)]
         for number in range(len(batches)):
             if record is not None and number == 0:
                 with self.recording(record) as recorder:
@@ -191,7 +191,7 @@ class Subject:
             photos = {**asdict(recipe.photos), "latents": digest(self.photos)}
         return {
             "model": pipe.name, "vae": pipe.other_vae, "loras": [[str(file.path), file.weight] for file in pipe.loras],
-            "spacing": "trailing" if pipe.schedule.trailing else "leading", "prediction": pipe.schedule.predicts,
+            "spacing": "trailing" if pipe.schedule.trailing else "leading", "prediction": pipe.schedule.prediction_name,
             "steps": recipe.steps, "guidance": recipe.guidance, "negative_prompt": recipe.negative_prompt,
             "clip_skip": recipe.clip_skip, "anchors": len(recipe.prompts), "width": recipe.width,
             "height": recipe.height, "dtype": str(pipe.dtype).removeprefix("torch."), "config": asdict(recipe.config),
@@ -289,7 +289,7 @@ class Subject:
         except FileNotFoundError:
             raise ConsistoryError(f"there is no file {path}: check the name") from None
         except (OSError, SafetensorError) as error:
-            raise ConsistoryError(f"{path} is not a whole subject file ({error}): save the subject again") from None
+            raise ConsistoryError(f"{path} is not a complete subject file ({error}): save the subject again") from None
         if metadata.get("format") != FORMAT:
             raise ConsistoryError(f"{path} is not a subject file of this version: save the subject again")
         if metadata.get("model") != identity(pipe):
@@ -344,7 +344,7 @@ def find_net(
             raise ConsistoryError(f"{path} was drawn with the ControlNet {name}, which is needed: {error}") from None
         loaded[fingerprint(net)] = net
     if wanted not in loaded:
-        raise ConsistoryError(f"{path} was drawn with another ControlNet {name} than is there now: give the one it was")
+        raise ConsistoryError(f"{path} was drawn with another ControlNet than {name} is now: load the one of then")
     return loaded[wanted]
 
 
@@ -374,7 +374,7 @@ def identity(pipe: ConsiStory) -> str:
 
 
 def fingerprint(module: nn.Module, without: Collection[str] = ()) -> str:
-    """Of the signs of every parameter's first values, which do not depend on the precision.
+    """A hash of the signs of every parameter's first values, which do not depend on the precision.
 
     without: parameters that do not count.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from consistory.weights.errors import ConsistoryError
+
+from .files import part_path, whole_name
 
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
@@ -39,7 +40,7 @@ class TensorFile:
     def __init__(self, path: str | Path, metadata: Mapping[str, str], tensors: int) -> None:
         """tensors: how many there will be at most."""
         self.path = Path(path)
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._part = part_path(self.path)
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
         self._room = _align(len(json.dumps(self._header)) + ENTRY * (tensors + 1))
         self._masks: dict[str, Tensor] = {}
@@ -52,7 +53,7 @@ class TensorFile:
             self._file.seek(8 + self._room)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Masks wait until the end: after so many single bytes, numbers would not be where readers want them."""
+        """Masks wait until the end: after an odd number of bytes, numbers would not be where readers want them."""
         if tensor.dtype == torch.bool:
             self._masks[name] = tensor.cpu()
         else:
@@ -85,7 +86,7 @@ class TensorFile:
     def _remove_leftovers(self) -> None:
         """Parts of this file that killed runs left: for SDXL gigabytes."""
         for path in self.path.parent.iterdir():
-            if re.fullmatch(rf"\.{re.escape(self.path.name)}\.\d+\.part", path.name):
+            if whole_name(path) == self.path.name:
                 path.unlink(missing_ok=True)
 
     def _finish(self) -> None:

@@ -66,7 +66,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.positions, c.width)
 
     def forward(self, ids: Tensor, learned: Tensor | None = None) -> Tensor:
-        """ids [B, T], those below zero of learned embeddings [W, C], the first of which is -1 -> [B, T, C]."""
+        """ids [B, T] -> [B, T, C]. Negative ids select learned embeddings [W, C], -1 the first of them."""
         x = self.token_embedding(ids.clamp(min=0))
         if learned is not None:
             x = torch.where((ids < 0)[..., None], learned[-1 - ids.clamp(max=-1)], x)
@@ -99,7 +99,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, clip_skip: int = 0, learned: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> penultimate states [B, T, C] (before the last layer, no final norm) and pooled [B, D].
 
-        clip_skip: states from so many layers further up, at most all of them.
+        clip_skip: take the states from this many layers further up, at most all of them.
         learned: embeddings [W, C] that are not in the vocabulary, of ids -1, -2, ...; see `consistory.words`.
         `pooled` is the final, normed state at the end-of-text token, projected where the encoder has a projection.
         """

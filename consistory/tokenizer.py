@@ -83,8 +83,8 @@ class Tokenizer:
         return cls(vocabulary, merges, pad, settings.get("model_max_length", CLIP_LENGTH))
 
     def with_word(self, word: str, tokens: int) -> "Tokenizer":
-        """The same tokenizer, to which a word that stands by itself, in any case, is so many tokens: -1, -2, ... and on
-        from there with the next word that is learned.
+        """The same tokenizer with one more learned word. Where it stands by itself, in any case, it becomes `tokens`
+        ids below zero: -1, -2, ...; the next learned word goes on from there.
 
         Raises ConsistoryError if it has learned this word already.
         """
@@ -146,7 +146,7 @@ class Tokenizer:
         return self.length - 2
 
     def _pieces(self, text: str) -> list[Piece]:
-        """Of a text in NFC."""
+        """The pieces of a text in NFC."""
         names = sorted(self.learned, key=len, reverse=True)  # of two that begin alike, the longer one
         groups = (f"({_any_space(name)})" for name in names)
         learned = re.compile(rf"(?<!\w)(?:{'|'.join(groups)})(?!\w)" if names else "(?!)", re.IGNORECASE)

@@ -218,7 +218,7 @@ class UNet(Encoder):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def decode_blocks(self, blocks: int, state: Encoded, control: AttentionControl, freeu: FreeU | None) -> Tensor:
-        """The output of the first so many decoder blocks: enough where only what the control sees in them matters."""
+        """The output of the first `blocks` decoder blocks: enough where only what the control sees in them matters."""
         x, skips = state.x, list(state.skips)
         for index, stage in enumerate(self.up_blocks[:blocks]):
             assert isinstance(stage, UpStage)

@@ -31,7 +31,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True, eq=False)
 class Word:
-    """name: how prompts write it, in any case.  vectors: [V, C] for each text encoder.  file: that they are from."""
+    """name: how prompts write it, in any case.  vectors: [V, C] for each text encoder.  file: where they are from."""
 
     name: str
     vectors: tuple[Tensor, Tensor] = field(repr=False)
@@ -42,7 +42,7 @@ class Word:
         """Read a `.safetensors` file. name: by default the file's own, without its ending.
 
         Of a LoRA file that brings words along, `name` says which one.
-        Raises ConsistoryError if the file is missing, damaged, pickled or no embedding of SDXL, or the name is empty.
+        Raises ConsistoryError if the file is missing, damaged, pickled not an SDXL embedding, or the name is empty.
         """
         path = Path(path)
         name = path.stem if name is None else name
@@ -54,7 +54,7 @@ class Word:
         keys = next((keys for keys in layouts if held.issuperset(keys)), None)
         if keys is None:
             raise ConsistoryError(
-                f"{path} is no embedding of SDXL, which would hold {' and '.join(LAYOUTS[0])} (it holds "
+                f"{path} is not an SDXL embedding, which would hold {' and '.join(LAYOUTS[0])} (it holds "
                 f"{listed(held) or 'nothing'}): give one that was made for SDXL; of several words in it, name one"
             )
         first, second = (file.get_tensor(key).float() for key in keys)

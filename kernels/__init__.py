@@ -1,5 +1,6 @@
 """The operators behind ConsiStory, usable on their own: plain PyTorch, and Triton where it runs.
 
-Every operator is a folder: `reference.py` is the definition, `packed.py` the fast one without Triton, `fused.py` the
-Triton one, and the folder's own function picks between them (`backend=` overrides). See README.md.
+An operator's folder holds its definition (`reference.py`), a fast implementation in plain PyTorch (`packed.py`) and one
+in Triton (`fused.py`); the function of the folder picks between them, and `backend=` overrides. `otsu` is one file for
+every device. See README.md.
 """

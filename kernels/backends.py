@@ -16,7 +16,7 @@ def pick_backend(x: Tensor, *others: Tensor, backend: Backend | None = None, fit
 
     others: what else a gradient might be wanted of, which kernels do not compute: "packed" then.
     GPUs before Ampere (compute capability 8.0) have too little shared memory for the kernels' blocks.
-    Raises ValueError for a name that is no backend, and for "fused" where it cannot run.
+    Raises ValueError for an unknown backend, and for "fused" where it cannot run.
     """
     gradients = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *others))
     if backend == "fused":
@@ -46,14 +46,14 @@ def has_triton() -> bool:
 
 
 def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor, by name, that has not the shape that it is given with."""
+    """Raises ValueError that names a tensor which does not have the shape that it is given with."""
     for name, (x, shape) in tensors.items():
         if x.shape != shape:
-            raise ValueError(f"{name} is {list(x.shape)}: beside the other tensors, it has to be {list(shape)}")
+            raise ValueError(f"{name} is {list(x.shape)}: to match the other tensors, it has to be {list(shape)}")
 
 
 def check_masks(**tensors: Tensor) -> None:
-    """Raises ValueError for a mask, by name, that is not of booleans: integers would be inverted bit by bit."""
+    """Raises ValueError that names a mask which is not boolean: integers would be inverted bit by bit."""
     for name, x in tensors.items():
         if x.dtype != torch.bool:
             raise ValueError(f"{name} is of {x.dtype}: make it torch.bool")

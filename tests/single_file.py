@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from consistory.weights import names
-from consistory.weights.names import SINGLE_FILE, Rename
 from torch import Tensor, nn
 
 from consistory.config import TextConfig, UNetConfig, VAEConfig
 from consistory.text import TextEncoder
 from consistory.unet import UNet
 from consistory.vae import VAE
+from consistory.weights import names
+from consistory.weights.names import SINGLE_FILE, Rename
 
 Json = dict[str, Any]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from consistory.weights.sprites.oracle import Oracle
 from safetensors.torch import load_file
 
 from consistory import ConsiStory
 from consistory.ip_adapter import IPAdapter
+from consistory.weights.sprites.oracle import Oracle
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from baselines import dreambooth, ip_adapter, textual_inversion

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from consistory.weights import loading
 from diffusers import StableDiffusionXLPipeline
 from parity import randn
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from single_file import to_original
 from torch import Tensor, nn
 
 from consistory import ConsiStory, ConsistoryError
+from consistory.weights import loading
 
 Json = dict[str, Any]
 State = dict[str, Tensor]
@@ -109,9 +109,9 @@ def test_what_a_checkpoint_predicts_can_be_given(golden_weights: Path, single_fi
     with pytest.raises(ConsistoryError, match="load it with prediction v-ztsnr"):
         ConsiStory.from_pretrained(folder)
     given = ConsiStory.from_pretrained(folder, prediction="v-ztsnr").schedule
-    assert (given.predicts, given.prediction, given.trailing) == ("v-ztsnr", "v_prediction", True)
-    assert ConsiStory.from_pretrained(folder, prediction="epsilon").schedule.predicts == "epsilon"
-    assert ConsiStory.from_single_file(single_file, prediction="v").schedule.predicts == "v"
+    assert (given.prediction_name, given.prediction, given.trailing) == ("v-ztsnr", "v_prediction", True)
+    assert ConsiStory.from_pretrained(folder, prediction="epsilon").schedule.prediction_name == "epsilon"
+    assert ConsiStory.from_single_file(single_file, prediction="v").schedule.prediction_name == "v"
     with pytest.raises(ConsistoryError, match="'x0': use one of epsilon, v, v-ztsnr"):
         ConsiStory.from_pretrained(folder, prediction="x0")
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_for_inpainting(golden_weights: Path, tmp_path: Path) -> No
 def test_the_refiner(golden_weights: Path, tmp_path: Path) -> None:
     changes = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]}
     folder = folder_with(golden_weights, tmp_path / "refiner", "model_index.json", **changes)
-    with pytest.raises(ConsistoryError, match=r"no SDXL base checkpoint .*Img2ImgPipeline without text_encoder"):
+    with pytest.raises(ConsistoryError, match=r"not an SDXL base checkpoint .*Img2ImgPipeline without text_encoder"):
         ConsiStory.from_pretrained(folder)
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from consistory import ConsiStory, ConsistoryConfig, FreeU, QueryBlend
-from consistory.cli import file_and_weight, main, method, parse_evaluate, parse_extend, parse_personalize
+from consistory.cli import main, method
+from consistory.options import file_and_weight, parse_evaluate, parse_extend, parse_personalize
 
 Capture = pytest.CaptureFixture[str]
 CAT = ["a cat", "--settings", "on the beach", "in the snow"]
@@ -135,7 +136,7 @@ def test_a_subject_takes_the_place_of_no_other_file(tmp_path: Path, capsys: Capt
     save_file({"x": torch.zeros(1)}, file)
     line = [*quick, "--out", tmp_path / "out", "--save-subject", file]
     assert command(*line) == 2
-    assert "cat.safetensors is no subject file, and would be overwritten" in capsys.readouterr().err
+    assert "cat.safetensors is not a subject file, and would be overwritten" in capsys.readouterr().err
     file.unlink()
     assert command(*line) == 0 and command(*line, "--record") == 0 and command(*line, "--record") == 0
     recording = file.read_bytes()
@@ -252,7 +253,7 @@ def test_a_name_that_is_mistyped_is_told_before_loading(
 )
 def test_the_method_with_photos(options: list[str], expected: ConsistoryConfig) -> None:
     arguments = ["photo.jpg", "--subject", "a cat", "--settings", "in space", *options]
-    assert method(parse_personalize(arguments)) == expected
+    assert method(parse_personalize(arguments), ConsistoryConfig.photos()) == expected
 
 
 # Of a record, what is no argument of the call.
@@ -292,7 +293,7 @@ def test_what_stays_the_same_is_told_if_it_was_guessed(tmp_path: Path, capsys: C
     line = [*CAT, "--steps", "1", "--width", "16", "--height", "16", "--out", tmp_path]
     for number, options in enumerate(([], [], ["--concept", "cat", "--seed", "1"], ["--vanilla"])):
         assert command(*line, *options) == 0
-        told = 'What stays the same is the "cat"; --concept' in capsys.readouterr().out
+        told = 'Keeping the "cat" the same; --concept' in capsys.readouterr().out
         assert told == (number == 0), "the second time, there is nothing to draw"
 
 
@@ -305,7 +306,7 @@ def test_the_command_needs_no_terminal(tmp_path: Path) -> None:
     assert "look at \\u65e5\\u672c" in done.stdout.decode("cp1252")
 
 
-# --- what the user can mend -------------------------------------------------------------------------------------------
+# --- what the user can fix -------------------------------------------------------------------------------------------
 
 
 MALFORMED: dict[str, tuple[list[str], str]] = {
@@ -332,7 +333,7 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "subject without a noun": (["with a hat", "--settings", "in space"], "name the word that stands for it"),
     "no steps": ([*CAT, "--steps", "0"], "commonly 20 to 50"),
     "too many steps": ([*CAT, "--steps", "1001"], "commonly 20 to 50"),
-    "guidance not a number": ([*CAT, "--guidance", "nan"], "use about 5"),
+    "guidance not a number": ([*CAT, "--guidance", "nan"], "give a finite number"),
     "no anchors": ([*CAT, "--anchors", "0"], "use 1 to 2"),
     "more anchors than images": ([*CAT, "--anchors", "3"], "use 1 to 2"),
     "width not divisible": ([*CAT, "--width", "250"], "multiples of 32"),

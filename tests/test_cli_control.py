@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from consistory.weights.sprites.train import CONTROL_JSON
 from numpy.typing import NDArray
 from parity import randomise
 from PIL import Image
@@ -19,6 +18,7 @@ from test_cli import CAT, Capture, command, contents
 from consistory import ConsiStory, ConsistoryError, Control, ControlNet
 from consistory.config import ControlNetConfig
 from consistory.images import read_picture
+from consistory.weights.sprites.train import CONTROL_JSON
 
 QUICK = ["--steps", "3"]
 
@@ -155,7 +155,7 @@ def test_what_is_no_picture_is_told_before_loading(
         (["--control", "NET", "LEFT", "--control-start", "2"], "use 0 to 1"),
         (["--control", "NET", "LEFT", "--control-start", "0.9", "--control-end", "0.1"], "from 0.9 to 0.1"),
         (["--control", "NET", "LEFT", "LEFT", "LEFT"], "has 3 pictures to steer 2"),
-        (["--control", "LEFT", "LEFT"], "not a whole safetensors file"),
+        (["--control", "LEFT", "LEFT"], "not a complete safetensors file"),
         (["--control", "nowhere", "LEFT"], "there is no folder nowhere"),
         (["--control", "nowhere.safetensors", "LEFT"], "there is no file nowhere.safetensors"),
     ],

@@ -15,7 +15,7 @@ from conftest import VOCABULARY
 from parity import randomise, relative_error
 
 from consistory import ConsistoryError
-from consistory.clip import CLIP, Preparation
+from consistory.clip import CLIP, Preprocessor
 
 TOLERANCE = 1e-5
 TEXTS = ["a photo of a cat", "a dog, asleep on the beach by night!", "", "very " * 100]
@@ -80,7 +80,7 @@ def test_vectors_equal_transformers(pair: tuple[CLIP, Any, Path]) -> None:
 @pytest.mark.parametrize("size, crop", [(48, (48, 48)), (40, (32, 24)), (57, (57, 57))], ids=str)
 def test_pictures_are_prepared_as_transformers_does(size: int, crop: tuple[int, int]) -> None:
     settings = {"size": {"shortest_edge": size}, "crop_size": {"height": crop[0], "width": crop[1]}}
-    oracle, prepare = processor()(**settings), Preparation.from_json(settings, 224)
+    oracle, prepare = processor()(**settings), Preprocessor.from_json(settings, 224)
     for picture in pictures():
         (expected,) = oracle(picture, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(prepare(picture), expected.float(), atol=1e-5, rtol=0)
@@ -88,8 +88,8 @@ def test_pictures_are_prepared_as_transformers_does(size: int, crop: tuple[int, 
 
 def test_settings_of_the_first_published_folders() -> None:
     """There, numbers stand for sizes; and without a file, CLIP's own values hold."""
-    assert Preparation.from_json({"size": 224, "crop_size": 224}, 99) == Preparation(224, (224, 224))
-    assert Preparation.from_json({}, 336) == Preparation(336, (336, 336))
+    assert Preprocessor.from_json({"size": 224, "crop_size": 224}, 99) == Preprocessor(224, (224, 224))
+    assert Preprocessor.from_json({}, 336) == Preprocessor(336, (336, 336))
 
 
 def test_a_config_may_leave_out_what_is_usual(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from consistory.weights import loading, names
 from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from parity import randomise
@@ -20,6 +19,7 @@ from torch import Tensor
 from consistory import ConsistoryError
 from consistory.config import ControlNetConfig
 from consistory.controlnet import ControlNet
+from consistory.weights import loading, names
 
 State = dict[str, Tensor]
 PLAIN, FP16 = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
@@ -186,7 +186,7 @@ def test_other_single_files_are_refused(
     with pytest.raises(ConsistoryError, match=says) as error:
         loaded(loading.single_file_controlnet(path, CONFIG))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert "ControlNet of SDXL for a single kind" in str(error.value)
+    assert "SDXL ControlNet for a single kind" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_wrong_path_is_named(state: State, tmp_path: Path) -> None:
     with pytest.raises(ConsistoryError, match="is a whole checkpoint"):
         ControlNet.load(tmp_path)
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
-    with pytest.raises(ConsistoryError, match="not a whole safetensors file"):
+    with pytest.raises(ConsistoryError, match="not a complete safetensors file"):
         ControlNet.load(tmp_path / "text.safetensors")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text(json.dumps(CONFIG))

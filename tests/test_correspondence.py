@@ -16,6 +16,11 @@ def every_patch(images: int, patches: int) -> Tensor:
     return torch.ones(images, patches, dtype=torch.bool)
 
 
+def share(images: int, anchors: int) -> Tensor:
+    """Everybody reads every anchor but itself."""
+    return ~torch.eye(images, anchors, dtype=torch.bool)
+
+
 # --- smoothing --------------------------------------------------------------------------------------------------------
 
 
@@ -48,10 +53,10 @@ def test_smoothing_keeps_the_dtype() -> None:
 @pytest.mark.parametrize("anchors", [2, 3])
 def test_matches_equal_the_recorded_ones(golden: Any, side: int, anchors: int) -> None:
     units, _ = golden("algo_units")
-    nearest = nearest_patches(units["smooth/out"], (side, side), units[f"nn/mask{side}"], anchors)
+    nearest = nearest_patches(units["smooth/out"], (side, side), units[f"nn/mask{side}"], share(3, anchors))
     index = units[f"nn/cyclic_map{side}"][:, :anchors]
     distance = units[f"nn/cyclic_dist{side}"][:, :anchors]
-    other = ~torch.eye(3, anchors, dtype=torch.bool)
+    other = share(3, anchors)
     assert torch.equal(nearest.index[other], index[other])
     torch.testing.assert_close(nearest.distance, distance, atol=1e-5, rtol=0)
     if anchors == 2:  # recorded for the third image alone, against two anchors
@@ -66,7 +71,7 @@ def test_planted_matches_are_found(size: tuple[int, int]) -> None:
     order = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))
     first = randn(5, h * w)
     dift = torch.stack([first, 2 * first[:, order]]).view(2, 5, h, w)
-    nearest = nearest_patches(dift, size, every_patch(2, h * w), anchors=2)
+    nearest = nearest_patches(dift, size, every_patch(2, h * w), share(2, 2))
     assert nearest.index.shape == nearest.distance.shape == (2, 2, h * w)
     assert torch.equal(nearest.index[1, 0], order)
     assert torch.equal(nearest.index[0, 1], order.argsort())
@@ -78,7 +83,7 @@ def test_every_pair_written_out() -> None:
     """Three images, two anchors, half the resolution of the features: a bilinear resize by 2 averages 2x2 patches."""
     dift, size, patches = randn(3, 6, 8, 12), (4, 6), 24
     mask = randn(3, patches, seed=1) > 0.3
-    nearest = nearest_patches(dift, size, mask, anchors=2)
+    nearest = nearest_patches(dift, size, mask, share(3, 2))
     features = F.avg_pool2d(dift, 2).flatten(2)
     for i in range(3):
         for j in range(2):
@@ -91,16 +96,17 @@ def test_every_pair_written_out() -> None:
                 assert nearest.index[i, j, p] == distance.argmin()
 
 
-def test_an_anchor_is_never_its_own_source() -> None:
-    nearest = nearest_patches(randn(4, 3, 4, 4), (4, 4), every_patch(4, 16), anchors=3)
-    infinite = nearest.distance.isinf()
-    assert infinite[torch.eye(4, 3, dtype=torch.bool)].all()
-    assert infinite.sum() == 3 * 16
+def test_images_draw_from_the_anchors_that_they_share() -> None:
+    """All others are infinitely far away: an anchor is never its own source."""
+    shared = share(4, 3)
+    shared[3, 1] = False
+    nearest = nearest_patches(randn(4, 3, 4, 4), (4, 4), every_patch(4, 16), shared)
+    assert torch.equal(nearest.distance.isfinite(), shared[..., None].expand(4, 3, 16))
 
 
 def test_only_subject_patches_are_matched() -> None:
     mask = randn(3, 16, seed=1) > 0.5
-    nearest = nearest_patches(randn(3, 4, 4, 4), (4, 4), mask, anchors=2)
+    nearest = nearest_patches(randn(3, 4, 4, 4), (4, 4), mask, share(3, 2))
     assert mask[0][nearest.index[1:, 0]].all()
     assert mask[1][nearest.index[::2, 1]].all()
 
@@ -108,7 +114,7 @@ def test_only_subject_patches_are_matched() -> None:
 def test_a_source_without_a_subject_is_as_far_as_can_be() -> None:
     mask = every_patch(3, 16)
     mask[1] = False
-    nearest = nearest_patches(randn(3, 4, 4, 4), (4, 4), mask, anchors=2)
+    nearest = nearest_patches(randn(3, 4, 4, 4), (4, 4), mask, share(3, 2))
     assert (nearest.distance[0, 1] == 2).all()
     assert (nearest.distance[2, 1] == 2).all()
     assert (nearest.distance[2, 0] < 2).all()
@@ -119,7 +125,7 @@ def test_masks_of_targets_do_not_count() -> None:
     dift, mask = randn(3, 4, 4, 4), every_patch(3, 16)
     without = mask.clone()
     without[2] = False
-    nearest, other = (nearest_patches(dift, (4, 4), m, anchors=2) for m in (mask, without))
+    nearest, other = (nearest_patches(dift, (4, 4), m, share(3, 2)) for m in (mask, without))
     assert torch.equal(nearest.index, other.index)
     assert torch.equal(nearest.distance, other.distance)
 
@@ -132,7 +138,7 @@ def test_patches_draw_from_their_own_regions() -> None:
     dift, size, patches = randn(4, 6, 4, 6), (4, 6), 24
     regions = randn(4, 2, patches, seed=1) > 0
     regions[1, 1] = False  # an anchor without the second subject
-    nearest = nearest_in_regions(dift, size, regions, anchors=2)
+    nearest = nearest_in_regions(dift, size, regions, share(4, 2))
     features = dift.flatten(2)
     assert {int(patch) for patch in regions.sum(dim=1).unique()} == {0, 1, 2}
     for i in range(4):
@@ -152,6 +158,7 @@ def test_patches_draw_from_their_own_regions() -> None:
 
 def test_a_single_region_is_the_subject_mask() -> None:
     dift, mask = randn(3, 4, 4, 4), randn(3, 16, seed=1) > 0
-    one, other = nearest_in_regions(dift, (4, 4), mask[:, None], 2), nearest_patches(dift, (4, 4), mask, 2)
+    one = nearest_in_regions(dift, (4, 4), mask[:, None], share(3, 2))
+    other = nearest_patches(dift, (4, 4), mask, share(3, 2))
     assert torch.equal(one.index, other.index)
     assert torch.equal(one.distance, other.distance)

@@ -150,7 +150,7 @@ def test_a_spacing_that_cannot_be() -> None:
 
 def test_what_is_null_is_not_set() -> None:
     schedule = ScheduleConfig.from_json(config_json(rescale_betas_zero_snr=None))
-    assert (schedule.predicts, schedule.zero_terminal_snr, schedule.trailing) == ("epsilon", False, False)
+    assert (schedule.prediction_name, schedule.zero_terminal_snr, schedule.trailing) == ("epsilon", False, False)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from processes import (
 from safetensors.torch import load_file, save_file
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, Story
-from consistory.cli import load, main, parse
+from consistory.cli import load, main
 from consistory.distributed import Ranks, SharedError, draw_on_ranks
+from consistory.options import parse
 from consistory.subject import Subject
 
 SETTINGS = ["on the beach", "in the snow", "in space", "at home", "in a meadow"]
@@ -154,7 +155,7 @@ def fail(pipe: ConsiStory, rank: int) -> dict[str, torch.Tensor]:
 def test_errors_reach_every_rank(golden_weights: Path, tmp_path: Path) -> None:
     first, second = (bytes(rank["says"].tolist()).decode() for rank in on_ranks("fail", 2, golden_weights, tmp_path))
     assert second == "the disk is full"
-    assert "another rank has ended too early" in first and "\n" not in first
+    assert "another rank stopped early" in first and "\n" not in first
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_without_torchrun_the_others_end_too(long: list[str], tmp_path: Path, vi
     assert exit_code(ranks[victim]) == -signal.SIGKILL
     assert exit_code(ranks[1 - victim], 120) == 2
     (line,) = shown.read_text().splitlines()
-    assert line.startswith("consistory: error: another rank has ended too early")
+    assert line.startswith("consistory: error: another rank stopped early")
     check_it_goes_on(long, out, shown)
 
 

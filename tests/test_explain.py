@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from consistory.kernels.extended_attention import reference
 from numpy.typing import NDArray
 from parity import randn
 from PIL import Image
@@ -28,8 +27,9 @@ from torch import Tensor
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, ddim
 from consistory.cli import main
 from consistory.correspondence import Nearest
-from consistory.explain import LatentColours, Note, Sum, Trace, pool_reading
+from consistory.explain import LatentColours, Note, RunningMean, Trace, pool_reading
 from consistory.injection import plan_injection
+from consistory.kernels.extended_attention import reference
 from consistory.model import Story
 from consistory.sdsa import Consistent
 from consistory.story import Plan, State
@@ -345,7 +345,7 @@ def test_a_page_of_four_sdxl_pictures_is_under_ten_megabytes(watched: tuple[List
         trace.notes.passes.append([Note(step, x, masks, cross_map) for step, x in zip(steps, noisy, strict=True)])
     for step in (1, 5, 16, 33):
         read = (2 * randn(4, 256, 3 * 256, seed=step)).softmax(-1)
-        trace.notes.readings[step] = Sum(read.unflatten(-1, (3, 256)), 1)
+        trace.notes.readings[step] = RunningMean(read.unflatten(-1, (3, 256)), 1)
     images = (smooth_noise(4, 3, 1024, 1024, seed=3) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     nearest = {s: Nearest(torch.randint(p, (4, 2, p)), torch.rand(4, 2, p)) for s, p in ((2, 4096), (4, 1024))}
     story = Story(

@@ -15,13 +15,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from consistory.weights import hub
-from consistory.weights.errors import ConsistoryError
 from huggingface_hub import constants
 from huggingface_hub.utils import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from consistory import ConsiStory
+from consistory.weights import hub
+from consistory.weights.errors import ConsistoryError
 
 NAME = "someone/some-model"
 PLAIN, FP16 = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"

@@ -24,9 +24,9 @@ from consistory.images import (
     Record,
     check_can_save,
     check_free,
-    describe,
     encode_png,
     make_grid,
+    make_record,
     save_story,
     write_atomically,
 )
@@ -238,7 +238,7 @@ def test_without_pillow_the_error_says_what_to_install(tmp_path: Path, monkeypat
 def record(n: int, **changes: Any) -> Record:
     """Of `story(n)`, in full."""
     told = story(n)
-    return describe(told.prompts, told.concepts, told.seeds, {**SETTINGS, "width": 64, "height": 64}) | changes
+    return make_record(told.prompts, told.concepts, told.seeds, {**SETTINGS, "width": 64, "height": 64}) | changes
 
 
 def drawn(folder: Path, n: int, *indices: int) -> Album:

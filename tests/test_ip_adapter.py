@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from consistory.weights.errors import ConsistoryError
-from consistory.weights.loading import sdxl_configs
 from parity import randn, randomise, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,6 +26,8 @@ from consistory.config import UNetConfig
 from consistory.ip_adapter import ImageTokens, IPAdapter, PicturePrompt, Resampler
 from consistory.subject import Subject
 from consistory.unet import Conditioning, UNet
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.loading import sdxl_configs
 
 CALL = {"prompts": ["a cat in space", "a cat on the beach", "a cat in the snow"], "concepts": ["cat"], "steps": 3}
 
@@ -240,7 +240,7 @@ def test_an_adapter_for_another_model_is_refused(pipe: ConsiStory, tmp_path: Pat
     unet, _ = build(SDXL_IN_SMALL)
     for make in (plain, plus):
         path = written(tmp_path / "adapter.safetensors", make(unet))
-        with pytest.raises(ConsistoryError, match=r"does not fit its configuration.*give an IP-Adapter of SDXL"):
+        with pytest.raises(ConsistoryError, match=r"does not fit its configuration.*give an SDXL IP-Adapter"):
             IPAdapter.load(path, pipe.unet)
     with pytest.raises(ConsistoryError, match="is for another model: load it for this one's UNet"):
         pipe.with_picture(IPAdapter.load(path, unet), seen(torch.ones(6)))
@@ -253,7 +253,7 @@ def test_features_and_weight_that_do_not_fit(pipe: ConsiStory) -> None:
             pipe.with_picture(adapter, features)
     with pytest.raises(ConsistoryError, match=r"features \[2, 6\] do not fit unnamed, which reads \[2, S, 6\]"):
         pipe.with_picture(plus(pipe.unet), torch.ones(2, 6))
-    with pytest.raises(ConsistoryError, match="picture weight nan is not a number"):
+    with pytest.raises(ConsistoryError, match="picture weight is nan: give a finite number"):
         pipe.with_picture(adapter, seen(torch.ones(6)), float("nan"))
 
 

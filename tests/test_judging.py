@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from consistory.weights.sprites.oracle import PROPERTIES, Reading
 from consistory.weights.sprites.world import SETTINGS, SUBJECTS
 

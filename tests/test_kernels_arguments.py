@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from consistory.kernels.backends import has_triton, pick_backend
 from consistory.kernels.correspondence import match
 from consistory.kernels.cross_attention import cross_attention
 from consistory.kernels.extended_attention import extended_attention
 from consistory.kernels.injection import inject
-from torch import Tensor
 
 
 def attention_with_options(*, q_vanilla: Tensor, query_region: Tensor, key_region: Tensor, **arguments: Any) -> Tensor:

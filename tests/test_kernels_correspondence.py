@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from consistory.kernels.backends import Backend
-from consistory.kernels.correspondence import match, packed
 from kernel_checks import ALL, DEVICE, DTYPES, FAST, draw, draw_mask, needs_gpu, needs_triton, poisoned_memory
 from torch import Tensor
+
+from consistory.kernels.backends import Backend
+from consistory.kernels.correspondence import match, packed
 
 
 def distances(target: Tensor, source: Tensor) -> Tensor:

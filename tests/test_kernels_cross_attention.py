@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from consistory.kernels.backends import Backend
-from consistory.kernels.cross_attention import cross_attention
 from kernel_checks import (
     ALL,
     DEVICE,
@@ -19,6 +17,9 @@ from kernel_checks import (
     swapped_in_memory,
 )  # fmt: skip
 from torch import Tensor
+
+from consistory.kernels.backends import Backend
+from consistory.kernels.cross_attention import cross_attention
 
 CASES = {  # B, H, P, T, d, K
     "sdxl": (2, 3, 70, 77, 64, 2),

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from consistory.kernels.backends import Backend
-from consistory.kernels.extended_attention import extended_attention, packed
 from kernel_checks import (
     ALL,
     DEVICE,
@@ -22,6 +20,9 @@ from kernel_checks import (
     swapped_in_memory,
 )  # fmt: skip
 from torch import Tensor
+
+from consistory.kernels.backends import Backend
+from consistory.kernels.extended_attention import extended_attention, packed
 
 
 @dataclass

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import ALL, DEVICE, DTYPES, FAST, draw, draw_mask, generator, needs_gpu, poisoned_memory
+from torch import Tensor
+
 from consistory.kernels.backends import Backend
 from consistory.kernels.injection import inject
 from consistory.kernels.otsu import otsu_threshold
-from kernel_checks import ALL, DEVICE, DTYPES, FAST, draw, draw_mask, generator, needs_gpu, poisoned_memory
-from torch import Tensor
 
 ALPHA = 0.8
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from consistory.kernels.otsu import otsu_threshold
 from kernel_checks import DEVICE, generator, needs_gpu
 from skimage.filters import threshold_otsu
+
+from consistory.kernels.otsu import otsu_threshold
 
 
 def maps(rows: int, values: int, seed: int) -> torch.Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from consistory.weights import loading
-from consistory.weights.errors import ConsistoryError
-from consistory.weights.loading import COMPONENTS, TensorSource
 from parity import randomise
 from safetensors.torch import load_file, save_file
 from single_file import SMALL, build, to_original
 from torch import Tensor, nn
+
+from consistory.weights import loading
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.loading import COMPONENTS, TensorSource
 
 Json = dict[str, Any]
 State = dict[str, Tensor]
@@ -258,7 +259,7 @@ def test_folders_of_another_family(index: Json, says: str, folder: Path) -> None
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
     with pytest.raises(ConsistoryError) as error:
         loading.read_model_index(folder)
-    assert_says(error, f"{folder} is no SDXL base checkpoint", says)
+    assert_says(error, f"{folder} is not an SDXL base checkpoint", says)
 
 
 def test_folders_that_are_none(folder: Path) -> None:
@@ -388,7 +389,7 @@ def test_keys_that_belong_to_nothing(original: State, tmp_path: Path) -> None:
     )
     with pytest.raises(ConsistoryError) as error:
         loading.single_file_components(path, CONFIGS)
-    assert_says(error, path, "keys that SDXL has not (adapter.weight, edm_mean)")
+    assert_says(error, path, "keys that SDXL does not have (adapter.weight, edm_mean)")
 
 
 @pytest.mark.parametrize(
@@ -445,14 +446,14 @@ def test_a_fused_tensor_of_wrong_shape(original: State, tmp_path: Path) -> None:
 def test_single_files_of_another_family(keys: list[str], says: str, tmp_path: Path) -> None:
     path = written({key: torch.zeros(1) for key in keys}, tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError) as error:
-        loading.single_file_components(path)
+        loading.single_file_components(path, loading.sdxl_configs())
     assert_says(error, path, says, "SDXL base checkpoint")
 
 
 def test_a_checkpoint_of_another_size(original: State, tmp_path: Path) -> None:
     """Right names, wrong widths: what a distilled or otherwise changed SDXL looks like."""
     path = written(original, tmp_path / "x.safetensors")
-    parts = loading.single_file_components(path)
+    parts = loading.single_file_components(path, loading.sdxl_configs())
     config, source = parts["vae"]
     with pytest.raises(ConsistoryError) as error:
         loading.load_module(partial(build, "vae", config), source, dtype=torch.float32, device="cpu")
@@ -462,7 +463,7 @@ def test_a_checkpoint_of_another_size(original: State, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
 def test_pickled_files_are_refused_unread(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(ConsistoryError) as error:
-        loading.single_file_components(tmp_path / f"x{suffix}")
+        loading.single_file_components(tmp_path / f"x{suffix}", CONFIGS)
     assert_says(error, f"x{suffix} is pickled", "convert it")
 
 
@@ -473,7 +474,7 @@ def test_files_that_are_not_whole(original: State, tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ConsistoryError) as error:
             loading.single_file_components(path, CONFIGS)
-        assert_says(error, f"{path} is not a whole safetensors file", "download it again")
+        assert_says(error, f"{path} is not a complete safetensors file", "download it again")
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -482,7 +483,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         tmp_path: "load it as a checkpoint folder",
     }.items():
         with pytest.raises(ConsistoryError) as error:
-            loading.single_file_components(path)
+            loading.single_file_components(path, loading.sdxl_configs())
         assert_says(error, path, says)
 
 

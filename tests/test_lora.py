@@ -12,15 +12,17 @@ import peft
 import pytest
 import torch
 import transformers
-from consistory.weights import loading, lora, names
-from consistory.weights.errors import ConsistoryError
-from consistory.weights.loading import Component, TensorSource
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from parity import randomise
 from safetensors.torch import load_file, save_file
 from single_file import SMALL, build
 from torch import Tensor, nn
+
+from consistory import ConsiStory
+from consistory.weights import loading, lora, names
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.loading import Component, TensorSource
 
 State = dict[str, Tensor]
 CONFIGS = SMALL["sdxl"]
@@ -559,7 +561,7 @@ def test_other_kinds_are_named(
     file = written({key: torch.zeros(2, 2) for key in keys} | beside, tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError) as error:
         lora.read(file, 1.0, parts)
-    assert_says(error, file, says, "it holds", "give a plain LoRA of SDXL")
+    assert_says(error, file, says, "it holds", "give a plain SDXL LoRA")
 
 
 def test_keys_without_a_place_are_named(parts: dict[str, Component], tmp_path: Path) -> None:
@@ -575,7 +577,7 @@ def test_what_is_no_lora(tensors: State, parts: dict[str, Component], tmp_path: 
     file = written(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError) as error:
         lora.read(file, 1.0, parts)
-    assert_says(error, file, "is no LoRA of this model", *(tensors or ["it holds nothing"]))
+    assert_says(error, file, "is not a LoRA for this model", *(tensors or ["it holds nothing"]))
 
 
 def test_half_a_pair(parts: dict[str, Component], tmp_path: Path) -> None:
@@ -583,7 +585,7 @@ def test_half_a_pair(parts: dict[str, Component], tmp_path: Path) -> None:
         file = written({key: torch.zeros(16, 2)}, tmp_path / "x.safetensors")
         with pytest.raises(ConsistoryError) as error:
             lora.read(file, 1.0, parts)
-        assert_says(error, file, "is not whole", key, "download it again")
+        assert_says(error, file, "is incomplete", key, "download it again")
 
 
 def test_the_same_module_under_two_names(parts: dict[str, Component], tmp_path: Path) -> None:
@@ -670,10 +672,11 @@ def test_values_that_are_not_finite(value: float, parts: dict[str, Component], t
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number(weight: float, parts: dict[str, Component], tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite(weight: float, golden_weights: Path, tmp_path: Path) -> None:
+    file = written(GOOD, tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError) as error:
-        lora.read(written(GOOD, tmp_path / "x.safetensors"), weight, parts)
-    assert_says(error, f"weight {weight}", "x.safetensors")
+        ConsiStory.from_pretrained(golden_weights, loras=[(file, weight)])
+    assert_says(error, f"weight of {file} is {weight}: give a finite number")
 
 
 def test_files_that_cannot_be_opened(parts: dict[str, Component], tmp_path: Path) -> None:
@@ -682,7 +685,7 @@ def test_files_that_cannot_be_opened(parts: dict[str, Component], tmp_path: Path
     written(GOOD, tmp_path / "damaged.safetensors", lora_adapter_metadata="{")
     for file, says in {
         "none.safetensors": "there is no file", "x.pt": "is pickled", "damaged.safetensors": "damaged metadata",
-        "truncated.safetensors": "is not a whole safetensors file",
+        "truncated.safetensors": "is not a complete safetensors file",
     }.items():  # fmt: skip
         with pytest.raises(ConsistoryError) as error:
             lora.read(tmp_path / file, 1.0, parts)

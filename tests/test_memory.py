@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from consistory.weights.loading import sdxl_configs
 from torch import Tensor
+
+from consistory.weights.loading import sdxl_configs
 
 BENCH = Path(__file__).parent.parent / "bench"
 SMALL = {

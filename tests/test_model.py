@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from consistory.weights import loading
 from diffusers import StableDiffusionXLPipeline
 from parity import randn
 from safetensors.torch import load_file, save_file
@@ -20,11 +19,12 @@ from consistory.arguments import (
     check_sampling,
     compose_prompts,
     expand_seeds,
-    find_concept,
     initial_noise,
     usable_device,
 )
-from consistory.images import describe
+from consistory.images import make_record
+from consistory.nouns import find_concept
+from consistory.weights import loading
 
 PROMPTS = ["a photo of a cute dog sitting on the beach", "a watercolor of a fluffy dog, by night"]
 QUICK: dict[str, Any] = {"prompts": PROMPTS, "concepts": ["dog"], "steps": 1, "width": 32, "height": 64}
@@ -151,7 +151,7 @@ def test_torchs_defaults_do_not_matter(pipe: ConsiStory, golden_weights: Path, c
     def draw(pipe: ConsiStory) -> list[torch.Tensor]:
         story = pipe(prompts=PROMPTS, concepts=["dog"], record=tmp_path / f"{change}.safetensors", **SMALL)
         more = story.subject.extend(prompts=["a dog"])
-        photos = pipe.personalize(list(story.images), prompts=PROMPTS, concept="dog", **SMALL)
+        photos = pipe.personalize(list(story.images), prompts=PROMPTS, concepts=["dog"], **SMALL)
         return [story.latents, more.latents, photos.extend(prompts=["a dog"]).latents]
 
     expected = draw(pipe)
@@ -223,8 +223,8 @@ def test_texts_may_be_numpys(pipe: ConsiStory) -> None:
         ({"latents": torch.zeros(3, 4, 8, 4)}, r"\[3, 4, 8, 4\].*\[2, 4, 8, 4\]"),
         ({"steps": 0}, "0 steps"),
         ({"steps": 1000}, "1000 steps.*1 to 999"),
-        ({"guidance": float("nan")}, "guidance nan"),
-        ({"guidance": float("inf")}, "guidance inf"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": float("inf")}, "guidance is inf"),
         ({"guidance": 1, "negative_prompt": "blur"}, "does nothing at guidance 1: leave it out"),
         ({"clip_skip": -1}, "clip_skip -1.*0 to 2"),
         ({"clip_skip": 3}, "clip_skip 3.*0 to 2"),
@@ -238,8 +238,8 @@ def test_texts_may_be_numpys(pipe: ConsiStory) -> None:
         ({"negative_prompt": ["blur"]}, r"negative_prompt: \['blur'\] is not a string"),
         ({"steps": 4.0}, "steps is 4.0: give a whole number"),
         ({"steps": None}, "steps is None: give a whole number"),
-        ({"guidance": "5"}, "guidance '5' is not a number"),
-        ({"guidance": None}, "guidance None is not a number"),
+        ({"guidance": "5"}, "guidance is '5': give a finite number"),
+        ({"guidance": None}, "guidance is None: give a finite number"),
         ({"width": 64.0}, "width is 64.0: give a whole number"),
         ({"height": "64"}, "height is '64': give a whole number"),
         ({"anchors": 1.5}, "anchors is 1.5: give a whole number"),
@@ -482,7 +482,7 @@ def test_chosen_pictures_are_those_of_the_whole_story(pipe: ConsiStory) -> None:
     assert all(torch.equal(mask, whole.masks[stride][1::2]) for stride, mask in some.masks.items())
     assert all(torch.equal(nearest.index, whole.nearest[s].index[1::2]) for s, nearest in some.nearest.items())
     assert list(pictures) == [1, 3] and all(map(np.array_equal, pictures.values(), some.images))
-    assert records == [describe(whole.prompts, whole.concepts, whole.seeds, whole.settings)]
+    assert records == [make_record(whole.prompts, whole.concepts, whole.seeds, whole.settings)]
     assert some.subject.recipe == whole.subject.recipe
     assert all(torch.equal(mask, whole.subject.masks[stride]) for stride, mask in some.subject.masks.items())
 

@@ -6,12 +6,13 @@ import diffusers
 import pytest
 import torch
 import transformers
-from consistory.weights import names
-from consistory.weights.loading import COMPONENTS, sdxl_configs
-from consistory.weights.names import SINGLE_FILE
 from diffusers.loaders import single_file_utils as oracle
 from single_file import SMALL, build, to_original
 from torch import Tensor, nn
+
+from consistory.weights import names
+from consistory.weights.loading import COMPONENTS, sdxl_configs
+from consistory.weights.names import SINGLE_FILE
 
 Json = dict[str, Any]
 CONFIGS = {"SDXL": sdxl_configs(), **SMALL}

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites import oracle as module
-from consistory.weights.sprites.loop import Plan, generator_for
-from consistory.weights.sprites.oracle import PROPERTIES, WEIGHTS, Oracle, degrade, evaluate, oracle_loss, train_oracle
-from consistory.weights.sprites.train import VAE_JSON, restore
-from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 from safetensors.torch import load_file
 from torch import Tensor
 
 from consistory.config import VAEConfig
 from consistory.vae import VAE
+from consistory.weights.sprites import oracle as module
+from consistory.weights.sprites.loop import Plan, generator_for
+from consistory.weights.sprites.oracle import PROPERTIES, WEIGHTS, Oracle, degrade, evaluate, oracle_loss, train_oracle
+from consistory.weights.sprites.train import VAE_JSON, restore
+from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 
 
 @pytest.fixture(scope="module")

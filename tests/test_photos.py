@@ -172,7 +172,7 @@ def test_one_photo_is_enough(pipe: ConsiStory) -> None:
 def test_prompts_are_plain_unless_given(pipe: ConsiStory) -> None:
     assert personalize(pipe, style="a photo of").recipe.prompts == ["a photo of a cute dog"] * 2
     given = ["a dog on a sofa", "a dog outside"]
-    assert personalize(pipe, prompts=given, concept="dog").recipe.prompts == given
+    assert personalize(pipe, prompts=given, concepts=["dog"]).recipe.prompts == given
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_prompts_are_plain_unless_given(pipe: ConsiStory) -> None:
         ({"images": "x.png"}, "single photo"), ({"images": picture(0)}, "single photo"),
         ({"images": [picture(0) / 255]}, "float64"), ({"images": [picture(0)[..., 0]]}, "uint8"),
         ({"images": [Path("nothing.png")]}, "no file nothing.png"), ({"method": "magic"}, "magic"),
-        ({"prompts": ["a dog"]}, "1 prompts are given for 2 photos"), ({"concept": "cat"}, "cat"),
+        ({"prompts": ["a dog"]}, "1 prompts are given for 2 photos"), ({"concepts": ["cat"]}, "cat"),
         ({"subject": ""}, "no subject"), ({"photo_guidance": float("nan")}, "guidance"), ({"steps": 0}, "steps"),
         ({"width": 100}, "multiples"), ({"seed": [1]}, "seeds"),
         ({"negative_prompt": "red", "guidance": 1.0}, "does nothing"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from consistory.weights.sprites.oracle import Oracle
-from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 
 from consistory import ConsiStory, ConsistoryConfig, Control, ControlNet
 from consistory.controlnet import SPRITES
+from consistory.weights.sprites.oracle import Oracle
+from consistory.weights.sprites.world import SUBJECTS, render, sample_scenes
 
 
 def test_it_is_small() -> None:

@@ -7,6 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from consistory.attention import AttentionControl, Site
+from consistory.config import ScheduleConfig
+from consistory.controlnet import ControlNet
+from consistory.ddim import add_noise, alpha_bars
+from consistory.unet import Conditioning
 from consistory.weights.sprites import train as training
 from consistory.weights.sprites.loop import Plan, Run, generator_for, resume, save, start, train, update_average
 from consistory.weights.sprites.train import (
@@ -25,16 +35,6 @@ from consistory.weights.sprites.train import (
     train_control,
     train_vae,
 )
-from diffusers import ControlNetModel
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from consistory.attention import AttentionControl, Site
-from consistory.config import ScheduleConfig
-from consistory.controlnet import ControlNet
-from consistory.ddim import add_noise, alpha_bars
-from consistory.unet import Conditioning
 
 CPU = torch.device("cpu")
 CHECKPOINT = Path(training.__file__).parent / "checkpoint"

@@ -106,10 +106,11 @@ def naive_tell(plan: Plan, x: Tensor) -> Told:
     stop = plan.steps if plan.config.first_pass == "full" else max(dift_step + 1, branch)
     _, masks, features, concepts = naive_pass(plan, x, stop, None)
     dift = smooth(features[dift_step])
+    others = ~torch.eye(len(x), plan.anchors, dtype=torch.bool)
     if plan.config.separate_subjects:
-        nearest = {s: nearest_in_regions(dift, size, concepts[s], plan.anchors) for s, size in plan.sizes.items()}
+        nearest = {s: nearest_in_regions(dift, size, concepts[s], others) for s, size in plan.sizes.items()}
     else:
-        nearest = {s: nearest_patches(dift, size, masks[s], plan.anchors) for s, size in plan.sizes.items()}
+        nearest = {s: nearest_patches(dift, size, masks[s], others) for s, size in plan.sizes.items()}
     injection = plan_injection(nearest[2], masks[2], plan.config.alpha)
     return Told(naive_pass(plan, x, plan.steps, injection)[0], masks, nearest)
 

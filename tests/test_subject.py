@@ -473,7 +473,7 @@ def test_a_damaged_file_is_refused(
         path.write_bytes(recorded.subject.recorded.path.read_bytes())
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[:-1])
-    with pytest.raises(ConsistoryError, match="not a whole subject file"):
+    with pytest.raises(ConsistoryError, match="not a complete subject file"):
         Subject.load(path, pipe)
     whole[-100] ^= 1
     path.write_bytes(whole)
@@ -494,7 +494,7 @@ def test_files_that_are_no_subject(pipe: ConsiStory, tmp_path: Path) -> None:
     with pytest.raises(ConsistoryError, match="no file"):
         Subject.load(tmp_path / "nothing.safetensors", pipe)
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
-    with pytest.raises(ConsistoryError, match="not a whole subject file"):
+    with pytest.raises(ConsistoryError, match="not a complete subject file"):
         Subject.load(tmp_path / "text.safetensors", pipe)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ConsistoryError, match="not a subject file"):

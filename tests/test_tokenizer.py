@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from consistory.weights.errors import ConsistoryError
 from tokenizers.pre_tokenizers import ByteLevel
 
 from consistory.tokenizer import CLIP_VOCABULARY, END, START, Tokenizer
+from consistory.weights.errors import ConsistoryError
 
 PADS = {"tokenizer": END, "tokenizer_2": "!"}
 WORDS = ["cat", "Robot", "it's", "naïve", "1st", "3.14", "hello...", "(yes)", "🐶🎩", "a_b", "wow!!!", "we'LL", "Ω≈ç"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from consistory.weights.errors import ConsistoryError
 from diffusers import UNet2DConditionModel
 from einops import rearrange
 from parity import randn, randomise, recorded_module, relative_error
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from consistory.attention import AttentionControl, Site
 from consistory.config import FreeU, UNetConfig
 from consistory.unet import Conditioning, UNet
+from consistory.weights.errors import ConsistoryError
 
 TOLERANCE = 1e-5
 DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}

@@ -199,7 +199,7 @@ def test_the_command(
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda x: {"emb_params": x["clip_l"]}, "no embedding of SDXL, which would hold clip_l and clip_g"),
+        (lambda x: {"emb_params": x["clip_l"]}, "not an SDXL embedding, which would hold clip_l and clip_g"),
         (lambda x: {"clip_l": x["clip_l"]}, "it holds clip_l"),
         (lambda x: {**x, "clip_g": x["clip_g"][:1]}, "not the same number of vectors"),
         (lambda x: {**x, "clip_l": x["clip_l"][0]}, "not the same number of vectors"),

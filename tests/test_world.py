@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+from consistory.tokenizer import Tokenizer
 from consistory.weights.sprites.tokenizer import END, EXTRA_WORDS, build_tokenizer, byte_symbols, caption_words
 from consistory.weights.sprites.world import (
     COLOUR_NAMES,
@@ -18,10 +22,6 @@ from consistory.weights.sprites.world import (
     render,
     sample_scenes,
 )
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
-
-from consistory.tokenizer import Tokenizer
 
 
 def seeded(seed: int) -> torch.Generator:

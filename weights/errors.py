@@ -2,4 +2,4 @@
 
 
 class ConsistoryError(Exception):
-    """Something that the user can mend; the message is one line that says how."""
+    """Something that the user can fix; the message is one line that says how."""

@@ -18,7 +18,7 @@ Files = list[str]  # paths within a repository
 
 
 def is_id(name: str | Path) -> bool:
-    """Whether a name reads like "owner/model" and is no path of this machine."""
+    """Whether a name reads like "owner/model" and is not a path of this machine."""
     return ID.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
@@ -26,7 +26,7 @@ def checkpoint_folder(name: str, variant: str | None) -> Path:
     """The folder of a checkpoint in the diffusers layout, with what loading needs and no more.
 
     Without network, or with HF_HUB_OFFLINE=1, it is what the cache has.
-    Raises ConsistoryError if there is no such model, it is gated, has no such variant, or cannot be had.
+    Raises ConsistoryError if there is no such model, it is gated, has no such variant, or cannot be obtained.
     """
 
     def needed(files: Files) -> Files:

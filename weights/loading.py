@@ -7,7 +7,7 @@
     clip_components(folder) -> {name: Component}                "text" and "vision" of a CLIP model
     sdxl_configs() -> {name: config.json content}               for single files, which carry none
     single_file_components(path, configs) -> {name: Component}  the same four from one file in the original layout
-    single_file_schedule(path, schedule) -> schedule          what a single file's flags change in it
+    single_file_schedule(path, schedule) -> schedule            what a single file's flags change in it
     folder_controlnet(folder, variant) -> Component             a ControlNet in the diffusers layout
     single_file_controlnet(path, config) -> Component           a ControlNet from one file
     ip_adapter(path) -> (tensors, sizes)                        an IP-Adapter
@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from consistory.weights import names
-from consistory.weights.errors import ConsistoryError
-from consistory.weights.names import Json, Layout, Rename
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from consistory.weights import names
+from consistory.weights.errors import ConsistoryError
+from consistory.weights.names import Json, Layout, Rename
 
 Module = TypeVar("Module", bound=nn.Module)
 Read = Callable[[], Tensor]
@@ -73,7 +74,7 @@ OTHER_FAMILIES = {
     r"(input_blocks|down_blocks|text_model|decoder|encoder)\.": "one component of a checkpoint",
 }
 
-# The same for a file that is no ControlNet of SDXL, or none that works like the usual ones. The first match counts.
+# The same for a file that is not an SDXL ControlNet, or not one that works like the usual ones. The first match counts.
 NO_CONTROLNETS = {
     r"lora_controlnet$|.*\.(up|down)$": "a Control-LoRA, the difference to some UNet",
     r".*(lora_|\.lora\.|hada_|lokr_)": "a LoRA, an addition to a checkpoint",
@@ -85,9 +86,9 @@ NO_CONTROLNETS = {
     r"(image_proj|ip_adapter)\.": "an IP-Adapter",
     r"(controlnet_blocks|transformer_blocks|double_blocks|controlnet_x_embedder)\.": "a ControlNet of another family",
 }
-CONTROLNET_ADVICE = "give a ControlNet of SDXL for a single kind of picture"
+CONTROLNET_ADVICE = "give an SDXL ControlNet for a single kind of picture"
 
-IP_ADAPTER_ADVICE = "give an IP-Adapter of SDXL that is not FaceID, such as ip-adapter-plus_sdxl_vit-h"
+IP_ADAPTER_ADVICE = "give an SDXL IP-Adapter that is not FaceID, such as ip-adapter-plus_sdxl_vit-h"
 
 
 # How the parameters of CLIP's two encoders begin, and the sizes of ViT-B/32, which its configs need not repeat.
@@ -150,7 +151,7 @@ def read_model_index(folder: Path) -> Json:
     absent = [name for name in COMPONENTS if content.get(name, [None])[0] is None]
     if absent:
         kind = content.get("_class_name", "unknown pipeline")
-        raise ConsistoryError(f"{folder} is no SDXL base checkpoint ({kind} without {', '.join(absent)})")
+        raise ConsistoryError(f"{folder} is not an SDXL base checkpoint ({kind} without {', '.join(absent)})")
     return content
 
 
@@ -198,12 +199,12 @@ def vae_component(path: Path, own: Json) -> Component:
 def _check_latents(path: Path, config: Json, own: Json) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
-        raise ConsistoryError(f"{path} is no autoencoder of SDXL but {kind}: give an AutoencoderKL")
+        raise ConsistoryError(f"{path} is not an SDXL autoencoder but {kind}: give an AutoencoderKL")
     values = {key: (config.get(key, default), own.get(key, default)) for key, default in LATENTS.items()}
     values["levels"] = len(config.get("block_out_channels", ())), len(own["block_out_channels"])
     for key, (there, here) in values.items():
         if there != here:
-            raise ConsistoryError(f"{path} is made for other latents ({key} {there}, not {here}): give a VAE of SDXL")
+            raise ConsistoryError(f"{path} is made for other latents ({key} {there}, not {here}): give an SDXL VAE")
 
 
 def clip_components(folder: Path) -> dict[str, Component]:
@@ -234,15 +235,14 @@ def sdxl_configs() -> dict[str, Json]:
 
 
 def single_file_components(
-    path: Path, configs: Mapping[str, Json] | None = None, optional: Collection[str] = ()
+    path: Path, configs: Mapping[str, Json], optional: Collection[str] = ()
 ) -> dict[str, Component]:
     """The components of a checkpoint in the original single-file layout, by name.
 
-    configs: each component's `config.json` content; None means SDXL base.
+    configs: each component's `config.json` content, such as `sdxl_configs()`.
     optional: components that the file need not hold.
     Raises ConsistoryError if the file is missing, damaged, pickled, of another family or has keys that nothing needs.
     """
-    configs = configs or sdxl_configs()
     stored = _open(path)
     _check_family(path, stored)
     components = {}
@@ -255,7 +255,7 @@ def single_file_components(
         by_original = names.index(part.table(configs[name]))
         components[name] = configs[name], TensorSource(f"{name} of {path}", _by_parameter(own, by_original))
     if stored:
-        raise ConsistoryError(f"{path} holds keys that SDXL has not ({listed(stored)}): {ADVICE}")
+        raise ConsistoryError(f"{path} holds keys that SDXL does not have ({listed(stored)}): {ADVICE}")
     return components
 
 
@@ -276,7 +276,7 @@ def single_file_schedule(path: Path, schedule: Json) -> Json:
 def folder_controlnet(folder: Path, variant: str | None = None) -> Component:
     """A ControlNet in the diffusers layout: `config.json` and weights. variant: as for a checkpoint's component.
 
-    Raises ConsistoryError if a file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    Raises ConsistoryError if a file is missing, damaged or pickled, or if it is not an SDXL ControlNet.
     """
     if folder.is_file():
         raise ConsistoryError(f"{folder} is a file, not a folder: load it as a single-file ControlNet")
@@ -289,7 +289,7 @@ def folder_controlnet(folder: Path, variant: str | None = None) -> Component:
     if "Union" in kind or "num_control_type" in config:
         raise ConsistoryError(f"{folder} is a union ControlNet, several in one: {CONTROLNET_ADVICE}")
     if kind != "ControlNetModel":
-        raise ConsistoryError(f"{folder} holds a {kind}, no ControlNet of SDXL: {CONTROLNET_ADVICE}")
+        raise ConsistoryError(f"{folder} holds a {kind}, not an SDXL ControlNet: {CONTROLNET_ADVICE}")
     if config.get("addition_embed_type") != "text_time":
         raise _older_controlnet(folder, config.get("cross_attention_dim"))
     if config.get("global_pool_conditions"):
@@ -304,7 +304,7 @@ def single_file_controlnet(path: Path, config: Json | None = None) -> Component:
     """A ControlNet from one file, whose keys are diffusers' or, below `control_model.` or bare, the original ones.
 
     config: its `config.json` content; None means SDXL's, with attention only where the file has it.
-    Raises ConsistoryError if the file is missing, damaged or pickled, or if it is no ControlNet of SDXL.
+    Raises ConsistoryError if the file is missing, damaged or pickled, or if it is not an SDXL ControlNet.
     """
     stored = {key.removeprefix("control_model."): read for key, read in _open(path).items()}
     for pattern, kind in NO_CONTROLNETS.items():
@@ -484,7 +484,7 @@ def open_safetensors(path: Path) -> Any:
         raise ConsistoryError(f"there is no file {path}: check the name, or download it") from None
     except (OSError, SafetensorError) as error:
         raise ConsistoryError(
-            f"{path} is not a whole safetensors file ({error}): download it again (in a Git clone: git lfs pull)"
+            f"{path} is not a complete safetensors file ({error}): download it again (in a Git clone: git lfs pull)"
         ) from None
 
 
@@ -522,7 +522,8 @@ def _pickled(path: Path) -> ConsistoryError:
     )
 
 
-def listed(keys: Iterable[str], limit: int = 5) -> str:
+def listed(keys: Iterable[str]) -> str:
+    """Keys for a message: the first five, and how many more there are."""
     ordered = sorted(keys)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
+    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(ordered[:5]) + more

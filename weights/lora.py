@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from consistory.weights import deltas, names
 from consistory.weights.errors import ConsistoryError
 from consistory.weights.loading import Component, Read, TensorSource, is_finite, listed, open_safetensors
 from consistory.weights.names import Json
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Update:
 
     def _misfit(self, found: str, wanted: str) -> ConsistoryError:
         return ConsistoryError(
-            f"{self.label} is {found}, not {wanted}, so made for another model: give a LoRA of this one"
+            f"{self.label} is {found}, not {wanted}, so made for another model: give a LoRA for this one"
         )
 
 
@@ -154,8 +155,6 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
     Raises ConsistoryError if the file is missing, damaged, pickled or of another kind or model, and for any key that
     has no place.
     """
-    if not math.isfinite(weight):
-        raise ConsistoryError(f"weight {weight} of {path} is not a number to multiply with: use about 0 to 1")
     file = open_safetensors(path)
     configs = {part: _peft_config(path, file.metadata(), part) for part in TEMPLATES}
     updates: dict[str, dict[str, Update]] = {part: {} for part in TEMPLATES}
@@ -167,7 +166,7 @@ def read(path: Path, weight: float, parts: Mapping[str, Component]) -> LoRA:
         reads = {role: partial(file.get_tensor, key) for role, key in keys.items()}
         if "bias" in keys:
             if f"{name}.bias" not in parts[part][1].tensors:
-                raise ConsistoryError(f"{label} changes a bias that this model lacks: give a LoRA of this one")
+                raise ConsistoryError(f"{label} changes a bias that this model lacks: give a LoRA for this one")
             updates[part][f"{name}.bias"] = Update(label, weight, 1.0, deltas.DIFFERENCE, {"diff": reads["bias"]})
         if keys.keys() != {"bias"}:
             factors = {role: reads[role] for role in keys if role in deltas.FACTORS}
@@ -263,7 +262,7 @@ def _kind(path: Path, factors: Collection[str], keys: Mapping[str, str]) -> delt
     for kind in deltas.KINDS:
         if frozenset(factors) in kind.whole:
             return kind
-    raise ConsistoryError(f"{path} is not whole (of a module, it has only {listed(keys.values())}): download it again")
+    raise ConsistoryError(f"{path} is incomplete (of a module, it has only {listed(keys.values())}): download it again")
 
 
 def _rank(label: str, shape: list[int]) -> int:
@@ -282,7 +281,7 @@ def _scale(label: str, rank: int, read_alpha: Read | None, config: Json, name: s
         return _peft_scale(config, name, rank)
     alpha = read_alpha()
     if alpha.numel() != 1 or not is_finite(alpha):
-        raise ConsistoryError(f"{label} has an alpha that is no number: download it again")
+        raise ConsistoryError(f"{label} has an alpha that is not one number: download it again")
     return float(alpha.item()) / rank
 
 
@@ -310,11 +309,11 @@ def _unfit(path: Path, homeless: list[str], some_found: bool) -> ConsistoryError
     for key in homeless:
         for pattern, kind in OTHER_KINDS.items():
             if re.search(pattern, key):
-                return ConsistoryError(f"{path} is {kind} (it holds {key}): give a plain LoRA of SDXL")
+                return ConsistoryError(f"{path} is {kind} (it holds {key}): give a plain SDXL LoRA")
     if some_found:
         keys = f"{path} holds keys that have no place in this model ({listed(homeless)})"
-        return ConsistoryError(f"{keys}: give an unmodified LoRA of SDXL")
-    return ConsistoryError(f"{path} is no LoRA of this model (it holds {listed(homeless) or 'nothing'}): give one")
+        return ConsistoryError(f"{keys}: give an unmodified SDXL LoRA")
+    return ConsistoryError(f"{path} is not a LoRA for this model (it holds {listed(homeless) or 'nothing'}): give one")
 
 
 def _digest(path: Path) -> str:

@@ -14,6 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from consistory import ddim
+from consistory.attention import TransformerBlock
+from consistory.config import ScheduleConfig
+from consistory.ip_adapter import ImageTokens, IPAdapter, beside
+from consistory.unet import UNet
 from consistory.weights.sprites.loop import Plan as Schedule
 from consistory.weights.sprites.loop import generator_for, resume, start, train
 from consistory.weights.sprites.oracle import Oracle
@@ -28,14 +36,6 @@ from consistory.weights.sprites.train import (
     load_exported,
 )
 from consistory.weights.sprites.world import captions, render, sample_scenes
-from safetensors.torch import save_file
-from torch import Tensor
-
-from consistory import ddim
-from consistory.attention import TransformerBlock
-from consistory.config import ScheduleConfig
-from consistory.ip_adapter import ImageTokens, IPAdapter, beside
-from consistory.unet import UNet
 
 WEIGHTS = Path(__file__).with_name("ip_adapter.safetensors")
 CHECKPOINT = Path(__file__).parents[2] / "weights" / "sprites" / "checkpoint"

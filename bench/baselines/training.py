@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites.train import MatmulAttention
 from torch import Tensor, nn
 
 from consistory import ConsiStory, ddim
 from consistory.unet import Conditioning
+from consistory.weights.sprites.train import MatmulAttention
 
 BATCH = 4
 
@@ -33,7 +33,7 @@ def denoising_loss(pipe: ConsiStory, x0: Tensor, prompt: str, generator: torch.G
     t = torch.randint(len(alpha_bars), (BATCH,), generator=generator)
     eps = torch.randn(BATCH, *x0.shape[1:], generator=generator)
     alpha_bar = alpha_bars[t][:, None, None, None]
-    x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+    x = ddim.add_noise(x0, eps, alpha_bar)
     context, pooled = (states.expand(BATCH, *states.shape[1:]) for states in pipe.encode_prompts([prompt]))
     height, width = (pipe.vae.config.stride * side for side in x0.shape[-2:])
     sizes = torch.tensor([height, width, 0, 0, height, width]).expand(BATCH, 6)

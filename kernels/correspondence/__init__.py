@@ -1,9 +1,10 @@
-"""Dense correspondence: the nearest source patch of every target patch (ConsiStory, section 4.3, equations 8-9)."""
+"""Dense correspondence: the nearest source patch of every target patch (ConsiStory, §4.3, eqs. 8-9)."""
 
 import torch
+from torch import Tensor
+
 from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.correspondence import packed, reference
-from torch import Tensor
 
 __all__ = ["match"]
 
@@ -19,7 +20,8 @@ def match(
     returns         index int64 [T, S, P] and distance float32 [T, S, P] = 1 - cos; ties go to the lowest index,
                     and a source without any patch gives index 0 and distance 2
 
-    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, an unknown backend, or
+    "fused" where it cannot run.
     """
     check_shapes(source=(source, (len(source), *target.shape[1:])), source_mask=(source_mask, source.shape[:2]))
     check_masks(source_mask=source_mask)

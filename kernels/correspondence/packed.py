@@ -1,9 +1,10 @@
 """Nearest patches in plain PyTorch: a slab of the distances at a time, and on a CPU only the kept source patches."""
 
 import torch
-from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from consistory.kernels.precision import at_least_float32
 
 SLAB = 2**22  # distances in memory at a time: 16 MiB in float32
 

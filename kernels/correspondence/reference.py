@@ -1,9 +1,10 @@
-"""Nearest patches as the paper writes them: argmin over the matrix of all cosine distances (equations 8-9)."""
+"""Nearest patches as the paper writes them: argmin over the matrix of all cosine distances (eqs. 8-9)."""
 
 import torch
-from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from consistory.kernels.precision import at_least_float32
 
 
 def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:

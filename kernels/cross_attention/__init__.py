@@ -1,9 +1,10 @@
-"""Cross-attention that also reports how much each patch attends to chosen tokens (ConsiStory, equation 7)."""
+"""Cross-attention that also reports how much each patch attends to chosen tokens (ConsiStory, eq. 7)."""
 
 import torch
+from torch import Tensor
+
 from consistory.kernels.backends import Backend, check_shapes, pick_backend
 from consistory.kernels.cross_attention import packed, reference
-from torch import Tensor
 
 __all__ = ["cross_attention"]
 
@@ -19,7 +20,7 @@ def cross_attention(
     returns         out [B, H, P, d], maps [B, P, K]: softmax(q k^T / sqrt(d)) @ token_weights, mean of
                     heads, in float32 (float64 if q is)
 
-    Raises ValueError for shapes that do not fit together, or an unknown backend.
+    Raises ValueError for shapes that do not fit together, an unknown backend, or "fused" where it cannot run.
     """
     (batch, heads, _, head_size), tokens, concepts = q.shape, k.shape[2], token_weights.shape[-1]
     keys = batch, heads, tokens, head_size

@@ -12,8 +12,9 @@ from math import log2
 import torch
 import triton
 import triton.language as tl
-from consistory.kernels.backends import with_contiguous_rows
 from torch import Tensor
+
+from consistory.kernels.backends import with_contiguous_rows
 
 PATCHES = 64
 

@@ -1,9 +1,10 @@
 """Cross-attention in plain PyTorch: the token weights ride along as further value columns of one attention call."""
 
 import torch
-from consistory.kernels.precision import at_least_float32
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from consistory.kernels.precision import at_least_float32
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:

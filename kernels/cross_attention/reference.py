@@ -1,7 +1,8 @@
 """Cross-attention with its probabilities in memory."""
 
-from consistory.kernels.precision import at_least_float32
 from torch import Tensor
+
+from consistory.kernels.precision import at_least_float32
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:

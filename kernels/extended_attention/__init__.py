@@ -1,9 +1,10 @@
 """Extended attention: the operator of subject-driven self-attention (ConsiStory, section 4.1)."""
 
 import torch
+from torch import Tensor
+
 from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.extended_attention import packed, reference
-from torch import Tensor
 
 __all__ = ["extended_attention"]
 
@@ -21,14 +22,14 @@ def extended_attention(
     regions: tuple[Tensor, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Every image attends to its own patches and to the kept patches of the anchors it shares (equations 2-3).
+    """Every image attends to its own patches and to the kept patches of the anchors it shares (eqs. 2-3).
 
     q, k, v         [G, N, H, P, d]: guidance halves, images, heads, patches, head size
     key_mask        bool [A, P], which patches of each anchor may be read; for the reference also float in [0, 1], the
                     weight of each
     share           bool [N, A], which images read which anchor; an image reads its own patches in any case
     anchor_k, _v    [G, A, H, P, d]: recorded anchors; without them the anchors are the first A images of the batch
-    q_blend         (q_vanilla [G, N, H, P, d], weight): queries are (1 - weight) * q + weight * q_vanilla (equation 4)
+    q_blend         (q_vanilla [G, N, H, P, d], weight): queries are (1 - weight) * q + weight * q_vanilla (eq. 4)
     regions         (query_region int32 [N, P], key_region int32 [A, P]): bit sets; a query reads those kept keys of the
                     anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
@@ -64,6 +65,6 @@ def extended_attention(
             return fused.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, q_blend, regions)
     if q_blend is not None:
         q_vanilla, weight = q_blend
-        q = (1 - weight) * q + weight * q_vanilla
+        q = (1 - weight) * q + weight * q_vanilla  # eq. 4
     implementation = reference if chosen == "reference" else packed
     return implementation.extended_attention(q, k, v, anchor_k, anchor_v, key_mask, share, regions)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from consistory.kernels.backends import with_contiguous_rows
 from torch import Tensor
+
+from consistory.kernels.backends import with_contiguous_rows
 
 
 class Packed(NamedTuple):

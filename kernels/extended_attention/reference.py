@@ -1,8 +1,9 @@
-"""Extended attention as the paper writes it: a joint softmax with log M added to the scores (equations 2-3)."""
+"""Extended attention as the paper writes it: a joint softmax with log M added to the scores (eqs. 2-3)."""
 
 import torch
-from consistory.kernels.precision import at_least_float32
 from torch import Tensor
+
+from consistory.kernels.precision import at_least_float32
 
 
 def extended_attention(

@@ -1,9 +1,10 @@
-"""Feature injection: the in-order blend of corresponding features (ConsiStory, section 4.3, equations 5-6)."""
+"""Feature injection: the in-order blend of corresponding features (ConsiStory, §4.3, eqs. 5-6)."""
 
 import torch
+from torch import Tensor
+
 from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
 from consistory.kernels.injection import packed, reference
-from torch import Tensor
 
 __all__ = ["inject"]
 
@@ -25,8 +26,8 @@ def inject(
     source_index    int64 [N, P], which patch of the source image
     source_image    int64 [N, P], which anchor: 0 ... A - 1
     inject_mask     bool [N, P]
-    anchors         the first so many images, at least one, are the sources. They are blended one after the other, so a
-                    later one draws from an earlier one that is blended already; then all the rest, from blended anchors
+    anchors         at least 1: the first images are the sources. They are blended one after the other, so a later
+                    one draws from an earlier one that is blended already; then all the rest, from blended anchors
     anchor_x        [A, P, C] recorded, already blended anchors: then these are the sources of every image, and
                     `anchors` is not used
     returns         a new tensor [N, P, C]

@@ -25,14 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites.loop import Plan, generator_for, mixed_precision, resume, start, train
-from consistory.weights.sprites.train import load_vae
-from consistory.weights.sprites.world import COLOURS, PATTERNS, SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from consistory.vae import VAE
+from consistory.weights.sprites.loop import Plan, generator_for, mixed_precision, resume, start, train
+from consistory.weights.sprites.train import load_vae
+from consistory.weights.sprites.world import COLOURS, PATTERNS, SETTINGS, SUBJECTS, Scenes, render, sample_scenes
 
 logger = logging.getLogger(__name__)
 

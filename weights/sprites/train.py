@@ -31,9 +31,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from consistory.weights.sprites.loop import Plan, below, generator_for, mixed_precision, resume, start, train
-from consistory.weights.sprites.tokenizer import END, build_tokenizer
-from consistory.weights.sprites.world import SETTINGS, SUBJECTS, captions, render, sample_scenes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,6 +42,9 @@ from consistory.text import TextEncoder
 from consistory.tokenizer import Tokenizer
 from consistory.unet import Conditioning, UNet
 from consistory.vae import VAE
+from consistory.weights.sprites.loop import Plan, below, generator_for, mixed_precision, resume, start, train
+from consistory.weights.sprites.tokenizer import END, build_tokenizer
+from consistory.weights.sprites.world import SETTINGS, SUBJECTS, captions, render, sample_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ PASSES = 3  # how often each of them is used, with another caption and other noi
 CAPTION_DROPOUT = 0.1  # share of samples that learn the unconditional prediction, for guidance
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023): low noise levels count less than they would by eps alone
 KL_WEIGHT = 0.001  # keeps latents near unit size, and a little noise in them, so that they are smooth
+GUIDANCE = 5.0  # of the sample pictures
 
 
 def text_json(index: int, vocabulary: int) -> dict[str, Any]:
@@ -373,7 +374,6 @@ def sample(
     ids: tuple[Tensor, Tensor],
     generator: torch.Generator,
     steps: int = 20,
-    guidance: float = 5.0,
     controlled: Controlled | None = None,
 ) -> Tensor:
     """Plain DDIM with classifier-free guidance: ids of both tokenizers, [B, 77] -> images [B, 3, H, W] in [0, 1]."""
@@ -387,7 +387,7 @@ def sample(
     for t in ddim.timesteps(schedule, steps):
         with mixed_precision(device):
             unconditional, conditional = predict(x.repeat(2, 1, 1, 1), t, cond).float().chunk(2)
-        eps = unconditional + guidance * (conditional - unconditional)
+        eps = unconditional + GUIDANCE * (conditional - unconditional)
         x = ddim.step(x, eps, ddim.alpha_bars(schedule)[t], ddim.alpha_bar_after(schedule, steps, t))
     return (vae.decode(x / vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
 
