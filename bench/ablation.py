@@ -49,9 +49,8 @@ from judging import (
     mean_and_error,
     read_table,
     tell,
-    write,
 )
-from measure import machine
+from measure import machine, write
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, Story, ddim

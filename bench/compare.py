@@ -27,8 +27,8 @@ from typing import Any
 import judging
 import torch
 from baselines import dreambooth, ip_adapter, textual_inversion
-from judging import IMAGES, Scores, Table, draw_set, in_per_cent, judge_missing, read_table, tell, write
-from measure import machine
+from judging import IMAGES, Scores, Table, draw_set, in_per_cent, judge_missing, read_table, tell
+from measure import machine, write
 from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig

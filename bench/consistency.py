@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import IMAGES, Scores, as_line, judge, summarise, tell, write
-from measure import machine
+from judging import IMAGES, Scores, as_line, judge, summarise, tell
+from measure import machine, write
 from tqdm import tqdm
 
 from consistory import ConsiStory, ConsistoryConfig

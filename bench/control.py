@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from judging import Scores, Summary, agreements, alignment, as_line, draw_set, summarise, tell, write
-from measure import machine
+from judging import Scores, Summary, agreements, alignment, as_line, draw_set, summarise, tell
+from measure import machine, write
 from torch import Tensor
 from tqdm import tqdm
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import combinations
@@ -115,8 +114,3 @@ def read_table(path: Path, about: Mapping[str, Any]) -> Table:
     return before["scores"] if {key: before["about"].get(key) for key in about} == about else {}
 
 
-def write(path: Path, content: Any) -> None:
-    """As JSON, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)

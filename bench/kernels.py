@@ -16,7 +16,6 @@ whoever multiplies more does not score more.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Call, machine, median_seconds, peak_bytes
+from measure import Call, machine, median_seconds, peak_bytes, write
 from peers import CONTENDERS, Attention, Cross, Inject, Match, Unavailable
 from torch import Tensor
 
@@ -285,7 +284,7 @@ def show(rows: list[Row]) -> None:
             print(f"  {row.contender:24} {row.note}")
             continue
         ratio = "".join(f"{row.seconds / unit:6.2f} x {of}" for unit, of in ((floor, "floor"), (ours, "ours")) if unit)
-        tflops = f"{row.tflops:8.2f} TFLOP/s" if row.tflops else " " * 16
+        tflops = f"{row.tflops:8.3g} TFLOP/s" if row.tflops else " " * 16
         error = f"error {row.error:.1e}" if row.error is not None else " " * 13
         memory = f"{row.peak_bytes / 2**20:8.0f} MiB" if row.peak_bytes is not None else ""
         print(f"  {row.contender:24} {row.seconds * 1e3:10.3f} ms {ratio} {tflops} {error} {memory}")
@@ -342,7 +341,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="float16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, help="times every contender runs: 20 on a GPU, 5 on a CPU")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only; writes no results")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only; saved only with --out")
     parser.add_argument("--tiles", action="store_true", help="compare block sizes of the attention kernel, and stop")
     parser.add_argument("--profile", action="store_true", help="run the attention kernel, twice a layer, and stop")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
@@ -365,15 +364,14 @@ def main() -> None:
     results = arguments.out / f"{'tiles' if arguments.tiles else 'kernels'}-{'gpu' if device == 'cuda' else 'cpu'}.json"
     rows: list[Row] = []
     some = set(arguments.operator) < set(OPERATORS)
-    saved = not arguments.quick and not (some and arguments.out == RESULTS)
+    saved = arguments.out != RESULTS or not (arguments.quick or some)
 
     def report(new: list[Row]) -> None:
         """Saved row by row: a run that is cut short keeps what it has measured."""
         show(new)
         rows.extend(new)
         if saved:
-            results.parent.mkdir(parents=True, exist_ok=True)
-            results.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+            write(results, {"machine": facts, "rows": [asdict(row) for row in rows]})
 
     if arguments.tiles:
         for shape in (*LAYERS, Shape(4, 1024, 16, 40), Shape(4, 1024, 10, 128)):

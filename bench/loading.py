@@ -26,7 +26,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from measure import machine
+from measure import machine, write
 
 from consistory import ConsiStory
 from consistory.weights import loading
@@ -117,7 +117,7 @@ def main() -> None:
             rows[name] = {**row, "peak resident over file": round(row["peak resident, bytes"] / size, 3)}
             print(name, rows[name], flush=True)
         about = machine("cpu") | {"load average": str(os.getloadavg()[0]), "file, bytes": size}
-        args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write(args.out, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

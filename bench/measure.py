@@ -1,7 +1,8 @@
-"""Timing that several programs can share: the machine's name, and contenders timed in turns."""
+"""What several programs share: the machine's name, contenders timed in turns, and results in files."""
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from consistory.files import write_atomically
 
 Call = Callable[[], Any]
 
@@ -26,6 +29,12 @@ def machine(device: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def write(path: Path, content: Any) -> None:
+    """As JSON, whole or not at all, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _cpu_name() -> str:

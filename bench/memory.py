@@ -34,7 +34,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from measure import machine
+from measure import machine, write
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -408,7 +408,7 @@ def main() -> None:
         "peaks": "modelled: tensors of the library on device meta, counted" if modelled else "torch.cuda statistics",
         "dtype": "float16, autoencoder float32", "size": f"{args.size}x{args.size}", "units": "GiB; MiB in the check",
     }  # fmt: skip
-    args.out.write_text(json.dumps({"about": about, "rows": rows, "check": check}, indent=1) + "\n")
+    write(args.out, {"about": about, "rows": rows, "check": check})
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import Scores, Table, as_line, judge_missing, read_table, share, summarise, write
-from measure import machine
+from judging import Scores, Table, as_line, judge_missing, read_table, share, summarise
+from measure import machine, write
 from numpy.typing import NDArray
 
 from consistory import ConsiStory, ConsistoryConfig, Story, ddpm

@@ -10,7 +10,6 @@ authors' released implementation spends 112 on a story of 50 steps.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from measure import machine
+from measure import machine, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,7 +160,7 @@ def main() -> None:
         "released implementation, calls": RELEASED,
     }  # fmt: skip
     configs = {name: asdict(config) for name, config in CONFIGS.items()}
-    args.out.write_text(json.dumps({"about": about, "rows": rows, "configs": configs}, indent=1) + "\n")
+    write(args.out, {"about": about, "rows": rows, "configs": configs})
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from judging import AGREEMENTS, as_line, summarise, write
-from measure import machine
+from judging import AGREEMENTS, as_line, summarise
+from measure import machine, write
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm

@@ -19,8 +19,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from judging import write
-from measure import machine
+from measure import machine, write
 
 BENCH = Path(__file__).parent
 # What to run, what else in earnest, what else in small.

@@ -36,6 +36,7 @@ def main() -> None:
     ]
     gap = np.full((16, *rows[0].shape[1:]), 255, np.uint8)
     picture = np.concatenate([rows[0], gap, rows[1]])[::2, ::2]  # half the grid's size is enough for a page
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, encode_png(picture, {"prompt": f"{args.subject}: {', '.join(args.settings)}"}))
 
 

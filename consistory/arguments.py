@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,8 @@ def check_list(name: str, value: Iterable[object] | None) -> None:
 def check_texts(name: str, value: Iterable[object] | None) -> list[str]:
     """The texts as a list, empty for None. Raises ConsistoryError unless all are strings of valid Unicode."""
     check_list(name, value)
+    if not isinstance(value, Iterable | None):
+        raise ConsistoryError(f"{name} is {value!r}: give a list of strings")
     texts = []
     for text in () if value is None else value:
         if not isinstance(text, str):
@@ -169,7 +172,8 @@ def check_clip_skip(clip_skip: int | None, layers: int) -> int:
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
     """One seed per image. Raises ConsistoryError for a wrong number of them, or one not whole or out of range."""
     try:
-        seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(images)]
+        several = isinstance(seed, Sequence) or np.ndim(seed) > 0
+        seeds = [index(s) for s in seed] if several else [index(seed) + i for i in range(images)]
     except TypeError:
         raise ConsistoryError(f"the seed is {seed!r}: give a whole number, or a list, one per picture") from None
     if len(seeds) != images:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if first:
-            print("consistory: interrupted", file=sys.stderr)
+            print("consistory: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if first and not args.quiet:
         print(result)
@@ -112,17 +112,26 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
     if trace is not None and (args.chunk or torchrun_rank() is not None):
         raise ConsistoryError("--explain shows pictures that are drawn together: leave out --chunk and torchrun")
 
+    drawn: set[int] = set()
+
     def choose(record: Record) -> Sequence[int]:
         missing = album.begin(record)
         if trace is not None:
             missing = list(every_picture(record))
+        drawn.update(missing)
         kept = len(record["prompts"]) - len(missing)
         if ranks.rank == 0 and not args.quiet:
             if missing and args.concept is None and record["concepts"]:
                 print(f'Keeping the "{record["concepts"][0]}" the same; --concept names something else')
             if kept:
                 print(f"{kept} of {len(record['prompts'])} pictures are in {args.out} already")
+            if others := album.others():
+                print(f"Pictures of another story in {args.out} are replaced: {len(others)}")
         return missing or [0] * (args.save_subject is not None)  # a subject is kept from a run of the anchors
+
+    def on_picture(index: int, image: Pixels) -> None:
+        if index in drawn:
+            album.add(index, image)
 
     def check_and_make(**callbacks: Any) -> Story:
         if ranks.rank == 0:
@@ -134,11 +143,11 @@ def run(make: Callable[..., Story], args: argparse.Namespace) -> str:
 
     with nullcontext(Ranks()) if torchrun_rank() is None else torchrun_ranks() as ranks:
         observer = {} if trace is None else {"observer": trace}
-        story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=album.add, **observer)
+        story = draw_on_ranks(check_and_make, ranks=ranks, choose=choose, on_picture=on_picture, **observer)
         if ranks.rank == 0:
+            album.finish()
             if args.save_subject is not None and not args.record:
                 story.subject.save(args.save_subject)
-            album.finish()
     if trace is None:
         return f"The story is in {args.out}: look at {args.out / GRID}"
     trace.save(story, args.out / PAGE)
@@ -151,7 +160,7 @@ def check_subject_file(args: argparse.Namespace) -> None:
 
     file = args.save_subject
     check_can_save(file.absolute().parent)
-    if file.is_dir():
+    if file.is_dir() or file.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         raise ConsistoryError(f"{file} is a folder: name a file for the subject to be kept in")
     own = (*picture_names(len(args.settings)), GRID, RECORD, PAGE)
     if file.resolve() in [(args.out / name).resolve() for name in own]:
@@ -255,6 +264,7 @@ def personalize(args: argparse.Namespace, ranks: Ranks, **callbacks: Any) -> Sto
             guidance=args.guidance,
             align_keys=args.align_keys,
             negative_prompt=args.negative,
+            clip_skip=args.clip_skip,
             width=args.width,
             height=args.height,
             config=method(args, ConsistoryConfig.photos()),
@@ -273,8 +283,8 @@ def out_of_memory_told() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         raise ConsistoryError(
-            "out of memory: draw fewer or smaller pictures, or fewer at a time (--chunk 1), or use --offload or "
-            "--dtype float16"
+            "out of memory: draw fewer or smaller pictures, or fewer at a time (--chunk 1), or use --offload or, on a "
+            "GPU, --dtype float16"
         ) from None
 
 
@@ -307,6 +317,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> ConsiStory:
 
 def warn_of_unused_words(args: argparse.Namespace, pipe: ConsiStory) -> None:
     """Warn of words given by --embedding that no prompt has."""
+    if not args.embedding:
+        return
     texts = [" ".join((args.style, args.subject, setting)) for setting in args.settings]
     for name in pipe.tokenizers[0].unused([*texts, args.negative or ""]):
         logging.getLogger("consistory").warning("no prompt has the word %r of --embedding", name)

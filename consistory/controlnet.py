@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ class Control:
     Raises ConsistoryError for values out of range and for images of another kind.
     """
 
-    net: ControlNet
-    images: Sequence[Pixels]
+    net: ControlNet = field(repr=False)
+    images: Sequence[Pixels] = field(repr=False)
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -279,7 +279,7 @@ def check_controls(
     stride: pixels per latent.  device: where the model runs, wherever its weights lie.
     """
     if not isinstance(controls, Sequence) or not all(isinstance(control, Control) for control in controls):
-        raise ConsistoryError(f"controls are {controls!r}: give a list of Control")
+        raise ConsistoryError(f"controls are a {type(controls).__name__}, not a list of Control: put them in one")
     for number, control in enumerate(controls, start=1):
         label = f"control {number} ({control.net.name})"
         _check_net(label, control.net, unet, stride, device)

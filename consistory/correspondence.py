@@ -38,7 +38,7 @@ def nearest_patches(
 
     dift: [N, C, h, w] smoothed features, the A anchors' first.
     size: height and width in patches of the resolution to match at.
-    subject_mask: bool [A or N, P]; an anchor's patches outside its mask count as distance 2, the largest there is.
+    subject_mask: bool [A or N, P]; an anchor with an empty one is at distance 2, the largest there is.
     share: bool [N, A], True where image i may draw from anchor a; all other distances are infinite.
     anchor_dift: [A, C, h, w] of recorded anchors, if they are not among the images.
     """

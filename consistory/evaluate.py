@@ -154,7 +154,8 @@ def evaluate(
 ) -> str:
     """Draw the sets that are not there yet, score all of them, write `evaluation.json`; returns a table to read.
 
-    Without `clip`, scores that are there already stay, but for sets that are drawn anew.
+    Without `clip`, scores that are there already stay, but for sets that are drawn anew. Those of sets that are not
+    among these stay, too, apart from the others and from the means.
     load: gives the model; called only if there is something to draw.  model, options: its name and how it is loaded
     (dtype, loras, ...), for the record.
     sampling: steps, guidance and what else is the same for every set; as `ConsiStory.__call__` takes them, without
@@ -186,7 +187,7 @@ def evaluate(
 
         story, masks = draw(pipe, one, one.seeds(seed), {**sampling, "config": config, "on_step": on_part})
         if not (out / RESULTS).exists():  # the settings bind as soon as there are pictures, and no earlier
-            write_results(out, run, None, [])
+            write_results(out, run, None, [], [])
         save(story, masks, out / one.folder)
     rows: list[Json] = [{"folder": one.folder, "prompts": one.prompts} for one in sets]
     for one, row in zip(sets, rows, strict=True):
@@ -195,7 +196,9 @@ def evaluate(
         elif one not in missing:
             row |= old_scores(there, row)
     name = there.get("clip") if clip is None else clip.name
-    write_results(out, run, name if summarise(rows) else None, rows)
+    folders = {row["folder"] for row in rows}
+    rest = [old for old in old_rows(there) if old.get("folder") not in folders]
+    write_results(out, run, name if summarise([*rows, *rest]) else None, rows, rest)
     return as_table(rows, out)
 
 
@@ -278,9 +281,14 @@ def remove_background(image: Pixels, mask: Pixels) -> Pixels:
     return np.where(mask[..., None] > 0, image, np.uint8(GREY)) if mask.any() else image
 
 
+def old_rows(there: Json) -> list[Json]:
+    """Those of earlier results: of the sets of then, and of others before."""
+    return [*there.get("sets", []), *there.get("other_sets", [])]
+
+
 def old_scores(there: Json, row: Json) -> dict[str, float | None]:
     """What earlier results hold on the pictures of a row, if anything."""
-    same = [old for old in there.get("sets", []) if row.items() <= old.items()]
+    same = [old for old in old_rows(there) if row.items() <= old.items()]
     return {key: old[key] for old in same for key in SCORES if key in old}
 
 
@@ -312,8 +320,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
     return summary
 
 
-def write_results(out: Path, run: Json, clip: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    results = {"run": run, "clip": clip, "scores": summarise(rows), "sets": rows}
+def write_results(out: Path, run: Json, clip: str | None, rows: Sequence[Json], rest: Sequence[Json]) -> None:
+    """rows: of the sets evaluated, which alone the means are of.  rest: of others that were drawn here earlier."""
+    results = {"run": run, "clip": clip, "scores": summarise(rows), "sets": rows, "other_sets": rest}
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())

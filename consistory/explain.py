@@ -217,7 +217,10 @@ class Trace(Observer):
         if plan is None or self.notes.latents is None:
             raise ConsistoryError("this trace has watched no story: pass it to the call as observer=trace")
         if len(plan.token_weights) != len(story.images):
-            raise ConsistoryError("this trace has watched part of the story only: draw it without chunk and choose")
+            raise ConsistoryError(
+                "this trace has watched other pictures than the story's: use it for a whole story, not for more "
+                "pictures of a subject, without chunk and choose"
+            )
         if not torch.equal(self.notes.latents.to(story.latents), story.latents):
             raise ConsistoryError("this trace has watched another story: give the one that it was handed to last")
         arrays = Arrays()

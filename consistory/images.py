@@ -55,7 +55,7 @@ class Pictures(Protocol):
 
 
 def save_story(story: Pictures, folder: Path) -> None:
-    """Write 01.png, 02.png, ..., grid.png and story.json into a folder, which is made if need be.
+    """Write 01.png, 02.png, ..., grid.png and story.json into a folder, which is made if need be; another story goes.
 
     Each PNG has a text chunk "consistory", the run's parameters as JSON; a numbered one also has "prompt" and "seed".
     No file is ever seen half written, and story.json, which names the others, comes last.
@@ -150,6 +150,14 @@ class Album:
         wanted = {**self.record, "prompt": self.record["prompts"][index], "seed": str(self.record["seeds"][index])}
         found = read_record(self.folder / self._names[index])
         return found is not None and _decisive(found) == _decisive(json.loads(json.dumps(wanted)))
+
+    def others(self) -> list[Path]:
+        """Pictures of another story in the folder: this one overwrites them, or removes them when it is finished."""
+        if not self.folder.is_dir():
+            return []
+        held = {name for index, name in enumerate(self._names) if self._holds(index)}
+        numbered = [path for path in self.folder.iterdir() if re.fullmatch(r"\d+\.png", path.name)]
+        return [path for path in numbered if path.name not in held and read_record(path)]
 
     def _leftovers(self) -> list[Path]:
         """Pictures of an earlier story that this one does not overwrite, and parts of files that a killed run left."""
@@ -332,6 +340,8 @@ def read_picture(path: Path, background: str = "white") -> Pixels:
             if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview is no animation
                 logger.warning("%s has %d frames: the first one is taken", path, frames)
             upright = pillow.ImageOps.exif_transpose(image)
+            if upright.mode == "F" or (upright.mode == "I" and image.format != "PNG"):
+                raise ConsistoryError(f"{path} holds floats or 32-bit integers: save it with 8 or 16 bits a channel")
             if upright.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
                 upright = pillow.Image.fromarray((np.asarray(upright) / 257).clip(0, 255).round().astype(np.uint8))
             if "A" in upright.getbands() or "transparency" in upright.info:

@@ -32,6 +32,7 @@ from .arguments import (
     check_number,
     check_prompts,
     check_sampling,
+    check_texts,
     check_tile,
     check_whole,
     choose_concepts,
@@ -116,7 +117,10 @@ class Story:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write numbered PNGs, a grid and `story.json`. Raises ConsistoryError if the folder cannot be written."""
+        """Write numbered PNGs, a grid and `story.json`, in place of another story that the folder may hold.
+
+        Raises ConsistoryError if the folder cannot be written or holds such files that are not a story's.
+        """
         save_story(self, Path(folder))
 
 
@@ -156,8 +160,8 @@ class ConsiStory:
         prediction: what the UNet predicts, "epsilon" | "v" | "v-ztsnr" (of noise with zero terminal SNR), for
             checkpoints that do not say so; by default as they say.
         offload: keep the weights in host memory; text encoders, UNet and autoencoder visit the device one after the
-            other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks). By default
-            all of them stay on the device.
+            other, while they run. That costs one copy of the weights a call (a chunk, if it has chunks), and such a
+            model serves one thread at a time. By default all of them stay on the device.
         tile: decode pictures of any size in tiles of this many rows, which takes a third of the memory and twice the
             work; by default only those of more than 1024 x 1024 pixels.
         Raises ConsistoryError for a missing, damaged or unsuitable file, and for an unknown device, spacing or
@@ -348,7 +352,7 @@ class ConsiStory:
         anchors = check_anchors(anchors, images)
         steps, guidance = check_sampling(steps, self.schedule, guidance)
         check_negative(negative_prompt, guidance)
-        clip_skip = check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
+        clip_skip = self._check_clip_skip(clip_skip)
         seeds = expand_seeds(seed, images)
         concepts = choose_concepts(concepts, subject, config)
         shape = self.latent_shape(height, width)
@@ -448,6 +452,7 @@ class ConsiStory:
         align_keys: bool = True,
         anchors_read: bool = False,
         negative_prompt: str | None = None,
+        clip_skip: int | None = None,
         width: int | None = None,
         height: int | None = None,
         config: ConsistoryConfig | None = None,
@@ -476,13 +481,14 @@ class ConsiStory:
         steps, guidance = check_sampling(steps, self.schedule, guidance)
         photos = PhotoConfig(method, photo_guidance, align_keys, anchors_read)
         check_negative(negative_prompt, guidance)
+        clip_skip = self._check_clip_skip(clip_skip)
         seeds = expand_seeds(seed, len(images))
         concepts = choose_concepts(concepts, subject, config)
         self.token_weights(prompts, concepts)  # every prompt has to contain them
         recipe = Recipe(
             prompts=prompts, seeds=seeds, concepts=concepts, subject=subject, style=style, steps=steps,
             guidance=guidance, negative_prompt=negative_prompt, width=width, height=height, next_seed=max(seeds) + 1,
-            config=config, photos=photos,
+            config=config, clip_skip=clip_skip, photos=photos,
         )
         return Subject(self, recipe, {}, photos=self.encode(read_photos(images, height, width)))
 
@@ -507,6 +513,7 @@ class ConsiStory:
 
         negative: further prompts, to which clip_skip does not apply; their states come last.
         """
+        prompts, negative = check_texts("prompts", prompts), check_texts("negative", negative)
         encoded = []
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
             groups = [(prompts, clip_skip), (negative, 0)] if negative else [(prompts, clip_skip)]
@@ -573,6 +580,9 @@ class ConsiStory:
             return torch.zeros(len(prompts), self.tokenizers[0].length, 0, dtype=torch.float32, device=self.device)
         columns = [self.tokenizers[0].concept_positions(prompts, concept) for concept in concepts]
         return torch.stack(columns, dim=-1).to(self.device)
+
+    def _check_clip_skip(self, clip_skip: int | None) -> int:
+        return check_clip_skip(clip_skip, min(encoder.config.layers for encoder in self.text_encoders))
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.unet.config.sample_size * self.vae.config.stride

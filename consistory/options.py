@@ -109,7 +109,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     story = parser.add_argument_group("the story")
     story.add_argument("subject", metavar="SUBJECT", help='what all pictures show, such as "a cat"')
     story.add_argument(
-        "--settings", metavar="SETTING", nargs="+", required=True, help="one for each picture, 1 to 100 of them"
+        "--settings", metavar="SETTING", nargs="+", action="extend", required=True,
+        help="one for each picture, 1 to 100 of them",
     )
     story.add_argument("--style", default="", help='put before every prompt, such as "a watercolor of" (default: none)')
     story.add_argument(
@@ -141,6 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_anchors(add_method(parser))
     args = parser.parse_args(argv)
+    check_method(parser, args)
     check_control(parser, args)
     if not all(paths for _, *paths in args.control):
         parser.error("argument --control: name a picture after the ControlNet")
@@ -153,10 +155,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--seed", type=int, nargs="+", default=[0],
         help="seed of the noise: one number, from which the pictures count up, or one for each picture (default: 0)",
     )
-    sampling.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add_denoising(sampling, steps=50)
+    return sampling
+
+
+def add_denoising(sampling: argparse._ArgumentGroup, steps: int) -> None:
+    sampling.add_argument("--steps", type=int, default=steps, help=f"denoising steps (default: {steps})")
     sampling.add_argument(
         "--guidance", type=float, default=5.0,
-        help="how closely to follow the prompt; 1, for distilled checkpoints, takes half the work (default: 5)",
+        help="how closely to follow the prompt; 1 or less, for distilled checkpoints, takes half the work (default: 5)",
     )
     sampling.add_argument(
         "--clip-skip", type=int, default=0, metavar="K",
@@ -164,7 +171,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
     sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
-    return sampling
 
 
 def add_method(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -194,6 +200,11 @@ def add_method(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return consistency
 
 
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.preset == "vanilla" and (args.dropout is not None or args.separate_subjects):
+        parser.error("argument --vanilla: --dropout and --separate-subjects are of the method, which it leaves out")
+
+
 def add_anchors(consistency: argparse._ArgumentGroup) -> None:
     consistency.add_argument("--anchors", type=int, metavar="A", help="pictures that the others look at (default: 2)")
 
@@ -207,7 +218,9 @@ def parse_extend(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("subject", metavar="FILE", type=Path, help="what --save-subject has written")
-    parser.add_argument("--settings", metavar="SETTING", nargs="+", required=True, help="one for each new picture")
+    parser.add_argument(
+        "--settings", metavar="SETTING", nargs="+", action="extend", required=True, help="one for each new picture"
+    )
     parser.add_argument(
         "--seed", type=int, nargs="+",
         help="seed of the noise: one number, from which the pictures count up, or one for each picture (default: they "
@@ -243,7 +256,9 @@ def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
         help="pictures of the subject, of any size; what does not fit the model's is cut to its centre and resized",
     )
     parser.add_argument("--subject", required=True, help='what the photos show, such as "a cat"')
-    parser.add_argument("--settings", metavar="SETTING", nargs="+", required=True, help="one for each new picture")
+    parser.add_argument(
+        "--settings", metavar="SETTING", nargs="+", action="extend", required=True, help="one for each new picture"
+    )
     parser.add_argument("--style", default="", help='put before every prompt, such as "a photo of" (default: none)')
     parser.add_argument(
         "--concept", action="append",
@@ -265,10 +280,7 @@ def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
         "--seed", type=int, default=0,
         help="seed of the noise: a number, from which the photos and then the new pictures count up (default: 0)",
     )
-    sampling.add_argument("--steps", type=int, default=100, help="denoising steps (default: 100)")
-    sampling.add_argument("--guidance", type=float, default=5.0, help="how closely to follow the prompt (default: 5)")
-    sampling.add_argument("--width", type=int, metavar="PIXELS", help="default: what the model was trained for")
-    sampling.add_argument("--height", type=int, metavar="PIXELS", help="default: what the model was trained for")
+    add_denoising(sampling, steps=100)
     method = add_method(parser)
     method.add_argument(
         "--method", choices=("inversion", "noise"), default="inversion",
@@ -280,7 +292,9 @@ def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
         help="give the photos' attention keys the statistics of those of the new pictures (default: on)",
     )
     parser.set_defaults(record=False, explain=False)  # what `run` asks of every command
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_method(parser, args)
+    return args
 
 
 def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
@@ -303,6 +317,7 @@ def parse_evaluate(argv: Sequence[str]) -> argparse.Namespace:
     add_sampling(parser)
     add_anchors(add_method(parser))
     args = parser.parse_args(argv)
+    check_method(parser, args)
     if len(args.seed) > 1:
         parser.error("--seed takes one number here: the pictures of all sets count up from it")
     if torchrun_rank() is not None:
@@ -369,8 +384,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
     model.add_argument(
         "--dtype", choices=("float64", "float32", "float16", "bfloat16"),
-        help="default: float16 on cuda, float32 elsewhere; float64 is slow, but rounding"
-        " decides nothing: the same pictures on another CPU or in other chunks",
+        help="default: float16 on cuda, float32 elsewhere; 16 bits are very slow on most CPUs; float64 is slow, but "
+        "rounding decides nothing: the same pictures on another CPU or in other chunks",
     )
     model.add_argument(
         "--offload", action="store_true",

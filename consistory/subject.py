@@ -98,6 +98,7 @@ class Subject:
         on_step: OnStep = lambda done, total: None,
         choose: Choose = every_picture,
         on_picture: OnPicture = lambda index, image: None,
+        observer: Observer | None = None,
     ) -> Story:
         """New pictures of the subject, one for each setting or whole prompt; anchors are run along if not recorded.
 
@@ -106,6 +107,7 @@ class Subject:
         chunk: at most this many new pictures at a time; the result does not depend on it, up to rounding.
         controls: ControlNets for the new pictures. The anchors keep their own.
         on_step, choose, on_picture: as for a story. Only new pictures count.
+        observer: looks on; anchors that are run along come before the new pictures.
 
         Raises ConsistoryError, before any work, if the arguments do not fit.
         """
@@ -132,7 +134,7 @@ class Subject:
         return subject.draw(
             recipe.prompts + prompts, recipe.seeds + seeds, torch.cat([self._noise().to(noise), noise]), first=anchors,
             given=latents, controls=[*(c.at(old) for c in self.controls), *(c.at(new) for c in stretched)],
-            chunk=chunk, on_step=on_step, choose=choose, on_picture=on_picture,
+            chunk=chunk, on_step=on_step, choose=choose, on_picture=on_picture, observer=observer,
         )
 
     def draw(

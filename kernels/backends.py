@@ -52,6 +52,15 @@ def check_shapes(**tensors: tuple[Tensor, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} is {list(x.shape)}: to match the other tensors, it has to be {list(shape)}")
 
 
+def check_dtypes(x: Tensor, **tensors: Tensor) -> None:
+    """Raises ValueError if `x` is not floating point, or that names a tensor of another type than `x`."""
+    if not x.is_floating_point():
+        raise ValueError(f"the tensors are of {x.dtype}: give floating point")
+    for name, other in tensors.items():
+        if other.dtype != x.dtype:
+            raise ValueError(f"{name} is of {other.dtype}: to match the other tensors, make it {x.dtype}")
+
+
 def check_masks(**tensors: Tensor) -> None:
     """Raises ValueError that names a mask which is not boolean: integers would be inverted bit by bit."""
     for name, x in tensors.items():

@@ -123,6 +123,39 @@ def test_a_subject_that_cannot_be_kept_stops_the_run_before_it_starts(tmp_path: 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kept", ["out", "folder"], ids=["the story's folder", "one around it"])
+def test_a_subject_is_not_kept_where_a_folder_will_be(kept: str, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / kept if kept == "out" else tmp_path / kept / "out"
+    assert command(*CAT, "--out", out, "--save-subject", tmp_path / kept) == 2
+    assert f"{tmp_path / kept} is a folder" in capsys.readouterr().err
+    assert not (tmp_path / kept).exists()
+
+
+def test_a_subject_may_be_kept_of_a_story_that_is_there(tmp_path: Path) -> None:
+    """No picture is written again, and the page stays."""
+    out = tmp_path / "out"
+    assert command(*CAT, "--steps", "2", "--out", out, "--explain") == 0
+    files = contents(out)
+    before = {name: (out / name).stat().st_mtime_ns for name in ("01.png", "02.png", "story.html")}
+    assert command(*CAT, "--steps", "2", "--out", out, "--save-subject", tmp_path / "cat.safetensors") == 0
+    assert (tmp_path / "cat.safetensors").exists()
+    assert contents(out) == files
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_another_story_in_the_folder_is_told_of(tmp_path: Path, capsys: Capture) -> None:
+    options = ["--steps", "1", "--vanilla", "--out", tmp_path / "out"]
+    assert command(*CAT, "in space", *options) == 0
+    assert "another story" not in capsys.readouterr().out
+    assert command(*CAT, "at night", *options) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 pictures are in" in shown
+    assert f"Pictures of another story in {tmp_path / 'out'} are replaced: 1\n" in shown
+    assert command("a cat", "--settings", "in a meadow", *options) == 0
+    assert "are replaced: 3\n" in capsys.readouterr().out
+    assert sorted(contents(tmp_path / "out")) == ["01.png", "grid.png", "story.json"]
+
+
 @pytest.mark.parametrize("name", ["story.json", "02.png", "grid.png", "story.html"])
 def test_a_subject_is_not_kept_in_the_storys_own_files(name: str, tmp_path: Path, capsys: Capture) -> None:
     assert command(*CAT, "--out", tmp_path / "out", "--save-subject", tmp_path / "out" / ".." / "out" / name) == 2
@@ -319,6 +352,7 @@ MALFORMED: dict[str, tuple[list[str], str]] = {
     "steps in words": ([*CAT, "--steps", "many"], "'many'"),
     "seed in words": ([*CAT, "--seed", "lucky"], "'lucky'"),
     "dropout over 1": ([*CAT, "--dropout", "1.5"], "use 0 to 1"),
+    "an option of the method without it": ([*CAT, "--vanilla", "--dropout", "0.5"], "which it leaves out"),
     "dropout in words": ([*CAT, "--dropout", "half"], "'half'"),
     "unknown type": ([*CAT, "--dtype", "int8"], "float16"),
     "unknown preset": ([*CAT, "--preset", "best"], "paper"),
@@ -347,7 +381,7 @@ UNFIT: dict[str, tuple[list[str], str]] = {
     "absent variant": ([*CAT, "--variant", "fp8"], "fp8"),
     "too many layers skipped": ([*CAT, "--clip-skip", "3"], "use 0 to 2"),
     "absent LoRA": ([*CAT, "--lora", "nowhere.safetensors:0.5"], "there is no file nowhere.safetensors"),
-    "LoRA without a weight": ([*CAT, "--lora", "x.safetensors:nan"], "weight nan of x.safetensors"),
+    "LoRA without a weight": ([*CAT, "--lora", "x.safetensors:nan"], "weight of x.safetensors is nan"),
     "absent autoencoder": ([*CAT, "--vae", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
 }
 
@@ -525,6 +559,12 @@ def test_defaults(listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPat
     assert listener.saved == [Path("story")]
 
 
+def test_settings_may_be_repeated(listen: Callable[..., Listener]) -> None:
+    listener = listen()
+    assert command("a cat", "--settings", "by day", "by night", "--settings", "in space") == 0
+    assert listener.called["settings"] == ["by day", "by night", "in space"]
+
+
 def test_every_option_reaches_the_call(listen: Callable[..., Listener]) -> None:
     listener = listen()
     options = "--style watercolor --concept cat --concept dog --seed 4 5 --steps 30 --guidance 7.5 --negative blur"
@@ -618,7 +658,7 @@ def interrupt(on_step: Callable[[int, int], None]) -> None:
 def test_an_interruption_is_one_line(listen: Callable[..., Listener], capsys: Capture) -> None:
     listener = listen(interrupt)
     assert command(*CAT) == 130
-    assert capsys.readouterr() == ("", "consistory: interrupted\n")
+    assert capsys.readouterr() == ("", "consistory: interrupted; the same command goes on from here\n")
     assert not listener.saved
 
 

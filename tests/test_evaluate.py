@@ -293,6 +293,18 @@ def test_scores_stay_without_clip(pipe: ConsiStory, clip_folder: Path, tmp_path:
     assert results()["sets"][1].keys() == {"folder", "prompts"}
 
 
+def test_sets_that_are_left_out_keep_their_scores(pipe: ConsiStory, clip_folder: Path, tmp_path: Path) -> None:
+    clip = CLIP.from_pretrained(clip_folder)
+    run(pipe, tmp_path, clip=clip)
+    before = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluate(READ[:1], tmp_path, no_model, **{"model": "small"} | SMALL)
+    fewer = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (fewer["sets"], fewer["other_sets"]) == (before["sets"][:1], before["sets"][1:])
+    assert fewer["scores"] == summarise(before["sets"][:1]) and fewer["clip"] == before["clip"]
+    run(pipe, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == before
+
+
 def test_summaries() -> None:
     rows = [{"text_alignment": x, "image_similarity": y} for x, y in ((0.1, None), (0.2, 0.5), (0.6, None))]
     assert summarise(rows) == {

@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import ablation
 import judging
 import tables
+from measure import write
 
 from consistory import ConsiStory
 
@@ -71,7 +72,7 @@ def test_a_row_that_comes_with_another_is_not_told_itself() -> None:
 def test_a_table_is_taken_up_only_under_the_same_conditions(tmp_path: Path) -> None:
     path, scores = tmp_path / "table.json", {"row": {"0": {"main": 1.0}}}
     assert judging.read_table(path, {"steps": 10}) == {}
-    judging.write(path, {"about": {"steps": 10, "hardware": "any"}, "scores": scores})
+    write(path, {"about": {"steps": 10, "hardware": "any"}, "scores": scores})
     assert judging.read_table(path, {"steps": 10}) == scores
     assert judging.read_table(path, {"steps": 20}) == {}
 

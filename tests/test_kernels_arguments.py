@@ -67,6 +67,45 @@ def test_masks_are_of_booleans(operator: Callable[..., Any], name: str, dtype: t
         operator(**arguments | {name: arguments[name].to(dtype)})
 
 
+LIKE_THE_OTHERS = [
+    (operator, name)
+    for operator, given in FITTING.items()
+    for name, x in list(given.items())[1:]
+    if x.is_floating_point() and name != "token_weights"
+]
+
+
+@pytest.mark.parametrize(("operator", "name"), LIKE_THE_OTHERS)
+def test_tensors_are_of_one_type(operator: Callable[..., Any], name: str) -> None:
+    arguments = FITTING[operator] | OTHERS.get(operator, {})
+    with pytest.raises(ValueError, match=rf"{name} is of torch\.float16: to match .* make it"):
+        operator(**arguments | {name: arguments[name].half()})
+
+
+@pytest.mark.parametrize("operator", FITTING)
+def test_tensors_are_floating_point(operator: Callable[..., Any]) -> None:
+    whole = {name: x.long() if x.is_floating_point() else x for name, x in FITTING[operator].items()}
+    with pytest.raises(ValueError, match=r"of torch\.int64: give floating point"):
+        operator(**whole | OTHERS.get(operator, {}))
+
+
+@pytest.mark.parametrize("name", ["query_region", "key_region"])
+def test_regions_are_bit_sets(name: str) -> None:
+    given = FITTING[attention_with_options]
+    with pytest.raises(ValueError, match=r"make them torch\.int32"):
+        attention_with_options(**given | {name: given[name].float()})
+
+
+def test_attention_needs_something_to_attend_to() -> None:
+    empty = torch.zeros(2, 0, 2, 16, 8)
+    masks = torch.ones(0, 16, dtype=torch.bool), torch.ones(0, 0, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"q is \[2, 0, 2, 16, 8\]: it holds nothing"):
+        extended_attention(empty, empty, empty, *masks)
+    flat = torch.zeros(2, 16, 8)
+    with pytest.raises(ValueError, match=r"q \[2, 16, 8\], .* they have to be \[B, H, P, d\]"):
+        cross_attention(flat, flat, flat, torch.zeros(2, 16, 1))
+
+
 @pytest.mark.parametrize("operator", [extended_attention, match, cross_attention, inject])
 def test_launches_are_on_the_device_of_the_tensors(
     operator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,16 @@ def test_ties_go_to_the_lowest_index(backend: Backend, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_opposite_patches_are_matched_all_the_same(backend: Backend) -> None:
+    """At the largest distance, the lowest index is that of a patch under the mask."""
+    source = torch.ones(1, 20, 32, device=DEVICE)
+    mask = (torch.arange(20, device=DEVICE) >= 7)[None]
+    index, distance = match(-source, source, mask, backend=backend)
+    assert (index == 7).all()
+    torch.testing.assert_close(distance, torch.full_like(distance, 2))
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_the_length_of_a_feature_does_not_matter(backend: Backend) -> None:
     target, source = draw((1, 30, 32), torch.float32, seed=1), draw((1, 30, 32), torch.float32, seed=2)
     mask = torch.ones(1, 30, dtype=torch.bool, device=DEVICE)

@@ -128,6 +128,11 @@ def test_seeds_that_do_not_fit(seed: Any, says: str) -> None:
         expand_seeds(seed, 3)
 
 
+def test_seeds_may_be_an_array() -> None:
+    assert expand_seeds(np.arange(5, 8), 3) == expand_seeds(torch.arange(5, 8), 3) == [5, 6, 7]
+    assert expand_seeds(np.int64(5), 2) == expand_seeds(torch.tensor(5), 2) == [5, 6]
+
+
 def test_noise_of_a_picture_depends_on_its_seed_alone() -> None:
     shape = (4, 6, 10)
     torch.manual_seed(1)
@@ -247,7 +252,8 @@ def test_texts_may_be_numpys(pipe: ConsiStory) -> None:
         ({"clip_skip": 1.0}, "clip_skip is 1.0: give a whole number"),
         ({"latents": [0.0]}, r"latents are a list: give a tensor \[2, 4, 8, 4\]"),
         ({"config": {"dropout": 0.5}}, "config is {'dropout': 0.5}: give a ConsistoryConfig"),
-        ({"controls": None}, "controls are None: give a list of Control"),
+        ({"prompts": None, "subject": "a dog", "settings": 3}, "settings is 3: give a list of strings"),
+        ({"controls": None}, "controls are a NoneType, not a list of Control"),
         ({"controls": ["depth.safetensors"]}, "give a list of Control"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -394,6 +400,11 @@ def test_skipped_layers_are_those_that_diffusers_skips(
     )
     torch.testing.assert_close(context, torch.cat([negative, expected]), atol=1e-5, rtol=0)
     torch.testing.assert_close(cond.pooled, torch.cat([negative_pooled, pooled]), atol=1e-5, rtol=0)
+
+
+def test_a_single_prompt_is_encoded_in_a_list(pipe: ConsiStory) -> None:
+    with pytest.raises(ConsistoryError, match="prompts is the single string 'a dog'"):
+        pipe.encode_prompts("a dog")
 
 
 def test_skipped_layers_change_the_story(pipe: ConsiStory) -> None:

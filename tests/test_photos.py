@@ -125,7 +125,12 @@ def test_plain_pictures_do_not_depend_on_the_photos(pipe: ConsiStory) -> None:
     torch.testing.assert_close(plain.latents, expected.latents, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"method": "noise"}, {"align_keys": False}, {"anchors_read": True}, {"seed": 8}])
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"method": "noise"}, {"align_keys": False}, {"anchors_read": True}, {"seed": 8}, {"clip_skip": 1},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_changes_the_pictures(pipe: ConsiStory, story: Story, options: dict[str, Any]) -> None:
     other = personalize(pipe, **options).extend(SETTINGS, seed=story.seeds)
     assert (other.latents - story.latents).abs().max() > 1e-4

@@ -92,6 +92,14 @@ def test_what_is_no_picture_is_told(tmp_path: Path) -> None:
             read_picture(tmp_path / name)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_range_are_told(tmp_path: Path, dtype: type) -> None:
+    """Floats from 0 to 1 would come out black."""
+    Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype)).save(tmp_path / "x.tiff")
+    with pytest.raises(ConsistoryError, match="8 or 16 bits"):
+        read_picture(tmp_path / "x.tiff")
+
+
 def test_a_huge_picture_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(halves()).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

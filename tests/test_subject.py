@@ -19,6 +19,7 @@ from torch import Tensor
 
 from consistory import ConsiStory, ConsistoryConfig, ConsistoryError, FreeU, Story
 from consistory.ip_adapter import ImageTokens, IPAdapter
+from consistory.story import Observer, Plan, State
 from consistory.subject import Subject, fingerprint, identity
 from consistory.unet import UNet
 
@@ -46,6 +47,19 @@ def test_extending_is_like_one_large_story(anchors: Story, whole: Story) -> None
     more = anchors.subject.extend(SETTINGS[2:])
     assert more.prompts == whole.prompts[2:] and more.seeds == whole.seeds[2:]
     torch.testing.assert_close(more.latents, whole.latents[2:], atol=1e-6, rtol=0)
+
+
+def test_an_extension_may_be_observed(anchors: Story, whole: Story) -> None:
+    """Its anchors, which are run along, come first."""
+
+    class Last(Observer):
+        latents: Tensor
+
+        def step(self, plan: Plan, before: State, after: State, output: Tensor) -> None:
+            self.latents = after.x
+
+    anchors.subject.extend(SETTINGS[2:], observer=(last := Last()))
+    torch.testing.assert_close(last.latents, whole.latents, atol=1e-6, rtol=0)
 
 
 def test_chunks_do_not_matter(anchors: Story, whole: Story) -> None:

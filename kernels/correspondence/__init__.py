@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
+from consistory.kernels.backends import Backend, check_dtypes, check_masks, check_shapes, pick_backend
 from consistory.kernels.correspondence import packed, reference
 
 __all__ = ["match"]
@@ -16,14 +16,15 @@ def match(
 
     target          [T, P, C] features
     source          [S, P, C] features
-    source_mask     bool [S, P], the patches that may be matched; all others count as distance 2
+    source_mask     bool [S, P], the patches that may be matched
     returns         index int64 [T, S, P] and distance float32 [T, S, P] = 1 - cos; ties go to the lowest index,
-                    and a source without any patch gives index 0 and distance 2
+                    and a source without any such patch gives index 0 and distance 2, the largest there is
 
-    Raises ValueError for shapes that do not fit together, a mask that is not of booleans, an unknown backend, or
-    "fused" where it cannot run.
+    Raises ValueError for shapes or types that do not fit together, a mask that is not of booleans, an unknown backend,
+    or "fused" where it cannot run.
     """
     check_shapes(source=(source, (len(source), *target.shape[1:])), source_mask=(source_mask, source.shape[:2]))
+    check_dtypes(target, source=source)
     check_masks(source_mask=source_mask)
     chosen = pick_backend(target, source, backend=backend)
     if chosen == "fused":

@@ -11,6 +11,6 @@ def match(target: Tensor, source: Tensor, source_mask: Tensor) -> tuple[Tensor, 
     """In float32, or float64 if the features are. Shapes as in `consistory.kernels.correspondence`."""
     target, source = (normalize(at_least_float32(x), dim=-1) for x in (target, source))
     cosine = torch.einsum("tpc,sqc->tspq", target, source)
-    distance = (1 - cosine).masked_fill(~source_mask[None, :, None], 2.0)
+    distance = (1 - cosine).masked_fill(~source_mask[None, :, None], torch.inf)
     nearest = distance.min(dim=-1)
-    return nearest.indices, nearest.values.float()
+    return nearest.indices, nearest.values.float().masked_fill(nearest.values.isinf(), 2.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from consistory.kernels.backends import Backend, check_masks, check_shapes, pick_backend
+from consistory.kernels.backends import Backend, check_dtypes, check_masks, check_shapes, pick_backend
 from consistory.kernels.extended_attention import packed, reference
 
 __all__ = ["extended_attention"]
@@ -34,11 +34,14 @@ def extended_attention(
                     anchors only that have a bit in common with it; without them it reads all
     returns         [G, N, H, P, d], softmax over the joined keys, scale 1 / sqrt(d)
 
-    Raises ValueError for shapes that do not fit together, more anchors than images where none are recorded, masks that
-    are not of booleans, one of `anchor_k` and `anchor_v` alone, an unknown backend, or "fused" where it cannot run.
+    Raises ValueError for shapes or types that do not fit together, more anchors than images where none are recorded,
+    masks that are not of booleans, one of `anchor_k` and `anchor_v` alone, an unknown backend, or "fused" where it
+    cannot run.
     """
     if q.dim() != 5:
         raise ValueError(f"q is {list(q.shape)}: it has to be [halves, images, heads, patches, head size]")
+    if q.numel() == 0:
+        raise ValueError(f"q is {list(q.shape)}: it holds nothing")
     (g, n, h, p, d), anchors = q.shape, len(key_mask)
     if (anchor_k is None) != (anchor_v is None):
         raise ValueError("one of anchor_k and anchor_v is given alone: give both or neither")
@@ -52,10 +55,14 @@ def extended_attention(
     check_masks(share=share)
     if not (backend == "reference" and key_mask.is_floating_point()):
         check_masks(key_mask=key_mask)
+    check_dtypes(q, k=k, v=v, anchor_k=anchor_k, anchor_v=anchor_v)
     if q_blend is not None:
         check_shapes(q_vanilla=(q_blend[0], q.shape))
+        check_dtypes(q, q_vanilla=q_blend[0])
     if regions is not None:
         check_shapes(query_region=(regions[0], (n, p)), key_region=(regions[1], (anchors, p)))
+        if {region.dtype for region in regions} != {torch.int32}:
+            raise ValueError(f"regions are of {regions[0].dtype} and {regions[1].dtype}: make them torch.int32")
     others = k, v, anchor_k, anchor_v, *([] if q_blend is None else [q_blend[0]])
     chosen = pick_backend(q, *others, backend=backend, fits=16 <= d <= 128)
     if chosen == "fused":
