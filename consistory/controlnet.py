@@ -24,7 +24,7 @@ import consistory.weights
 from consistory.weights import loading
 from consistory.weights.errors import ConsistoryError
 
-from .arguments import check_number, check_whole, usable_device
+from .arguments import check_kind, check_number, check_whole, usable_device
 from .attention import AttentionControl
 from .config import ControlNetConfig
 from .images import Pixels, is_rgb
@@ -278,9 +278,10 @@ def check_controls(
 
     stride: pixels per latent.  device: where the model runs, wherever its weights lie.
     """
-    if not isinstance(controls, Sequence) or not all(isinstance(control, Control) for control in controls):
-        raise ConsistoryError(f"controls are a {type(controls).__name__}, not a list of Control: put them in one")
+    if not isinstance(controls, Sequence):
+        raise ConsistoryError(f"controls are a {type(controls).__name__}: give a list of Control")
     for number, control in enumerate(controls, start=1):
+        check_kind(f"control {number}", control, Control)
         label = f"control {number} ({control.net.name})"
         _check_net(label, control.net, unet, stride, device)
         steered = control.steered(pictures)
