@@ -370,7 +370,7 @@ def make_controls(
 
 
 def method(args: argparse.Namespace, usual: ConsistoryConfig | None = None) -> ConsistoryConfig:
-    """The preset, changed as other options say. usual: what dropout is as in, unless an option says it."""
+    """The preset, changed as other options say. usual: where dropout is taken from, unless an option sets it."""
     config = PRESETS[args.preset]()
     if args.dropout is not None:
         config = replace(config, dropout=args.dropout)
