@@ -172,8 +172,9 @@ def check_clip_skip(clip_skip: int | None, layers: int) -> int:
 def expand_seeds(seed: int | Sequence[int], images: int) -> list[int]:
     """One seed per image. Raises ConsistoryError for a wrong number of them, or one not whole or out of range."""
     try:
-        several = isinstance(seed, Sequence) or np.ndim(seed) > 0
-        seeds = [index(s) for s in seed] if several else [index(seed) + i for i in range(images)]
+        if isinstance(seed, np.ndarray | Tensor) and seed.ndim:
+            seed = seed.tolist()
+        seeds = [index(s) for s in seed] if isinstance(seed, Sequence) else [index(seed) + i for i in range(images)]
     except TypeError:
         raise ConsistoryError(f"the seed is {seed!r}: give a whole number, or a list, one per picture") from None
     if len(seeds) != images:

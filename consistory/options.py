@@ -112,18 +112,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--settings", metavar="SETTING", nargs="+", action="extend", required=True,
         help="one for each picture, 1 to 100 of them",
     )
-    story.add_argument("--style", default="", help='put before every prompt, such as "a watercolor of" (default: none)')
-    story.add_argument(
-        "--concept", action="append",
-        help="word or phrase for what is to stay the same; repeat it for several (default: the subject's noun)",
-    )
-    story.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
+    add_words(story)
 
     output = add_output(parser)
-    output.add_argument(
-        "--save-subject", metavar="FILE", type=Path,
-        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
-    )
+    add_save_subject(output)
     output.add_argument(
         "--record", action="store_true",
         help="keep in that file all that new pictures need of the first ones, so that these are not drawn again: some "
@@ -147,6 +139,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not all(paths for _, *paths in args.control):
         parser.error("argument --control: name a picture after the ControlNet")
     return args
+
+
+def add_words(story: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    story.add_argument("--style", default="", help='put before every prompt, such as "a watercolor of" (default: none)')
+    story.add_argument(
+        "--concept", action="append",
+        help="word or phrase for what is to stay the same; repeat it for several (default: the subject's noun)",
+    )
+    story.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
+
+
+def add_save_subject(output: argparse._ArgumentGroup) -> None:
+    output.add_argument(
+        "--save-subject", metavar="FILE", type=Path,
+        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -259,17 +267,9 @@ def parse_personalize(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--settings", metavar="SETTING", nargs="+", action="extend", required=True, help="one for each new picture"
     )
-    parser.add_argument("--style", default="", help='put before every prompt, such as "a photo of" (default: none)')
-    parser.add_argument(
-        "--concept", action="append",
-        help="word or phrase for what is to stay the same; repeat it for several (default: the subject's noun)",
-    )
-    parser.add_argument("--negative", metavar="PROMPT", help="what the pictures should not show (default: nothing)")
+    add_words(parser)
     output = add_output(parser)
-    output.add_argument(
-        "--save-subject", metavar="FILE", type=Path,
-        help="keep the subject in a .safetensors file, for `consistory extend` (default: it is not kept)",
-    )
+    add_save_subject(output)
     output.add_argument(
         "--chunk", type=int, metavar="N",
         help="draw at most N new pictures at a time, to save memory (default: all)",
