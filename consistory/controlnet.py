@@ -215,7 +215,7 @@ class Control:
         }  # fmt: skip
 
     def steering(self, cond: Conditioning, steps: int) -> Steering:
-        """What it is in a story. cond: of all its samples, its context token states."""
+        """The control as it acts on one story. cond: of all the story's samples, its context token states."""
         net, halves = self.net, 1 + cond.guided
         numbers = self.steered(len(cond.pooled) // halves)
         own, like = cond.of(numbers), net.conv_in.weight

@@ -346,7 +346,7 @@ def find_net(
             raise ConsistoryError(f"{path} was drawn with the ControlNet {name}, which is needed: {error}") from None
         loaded[fingerprint(net)] = net
     if wanted not in loaded:
-        raise ConsistoryError(f"{path} was drawn with another ControlNet than {name} is now: load the one of then")
+        raise ConsistoryError(f"{path} was drawn with another ControlNet than {name} is now: load that one")
     return loaded[wanted]
 
 

@@ -53,7 +53,7 @@ class TensorFile:
             self._file.seek(8 + self._room)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Masks wait until the end: after an odd number of bytes, numbers would not be where readers want them."""
+        """Masks wait until the end: after an odd number of bytes, larger values would be misaligned."""
         if tensor.dtype == torch.bool:
             self._masks[name] = tensor.cpu()
         else:

@@ -42,7 +42,7 @@ class Word:
         """Read a `.safetensors` file. name: by default the file's own, without its ending.
 
         Of a LoRA file that brings words along, `name` says which one.
-        Raises ConsistoryError if the file is missing, damaged, pickled not an SDXL embedding, or the name is empty.
+        Raises ConsistoryError if the file is missing, damaged, pickled or not an SDXL embedding, or the name is empty.
         """
         path = Path(path)
         name = path.stem if name is None else name
